@@ -1,0 +1,100 @@
+#include "composed/composed.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "composed/shapes.h"
+
+namespace fused_lora::composed {
+namespace {
+
+// α · rows · factorᵀ, a long operand against a thin one. factor: r×C. Returns M×r.
+at::Tensor rank_down(const Rows& rows, const at::Tensor& factor, double alpha) {
+  at::Tensor out = at::empty({rows.count(), factor.size(0)}, factor.options());
+  const at::Tensor transposed = factor.t();
+  for_each_row_block(rows.count(), rows.columns(), rows.as_it_lies(), [&](int64_t row, int64_t n) {
+    at::Tensor part = n == rows.count() ? out : out.narrow(0, row, n);
+    at::addmm_out(part, part, rows.block(row, n), transposed, /*beta=*/0, alpha * rows.scale());
+  });
+  return out;
+}
+
+// into += low · factor, under the dropout mask where there is one. low: M×r, factor: r×C, into: M×C.
+void accumulate_rank_up(const at::Tensor& into, const at::Tensor& low, const at::Tensor& factor,
+                        const Dropout* dropout = nullptr) {
+  const bool masked = dropout != nullptr && dropout->active();
+  const int64_t m = into.size(0), columns = into.size(1);
+  if (!masked && into.scalar_type() == low.scalar_type()) {
+    into.addmm_(low, factor);
+    return;
+  }
+  for_each_row_block(m, columns, /*whole=*/false, [&](int64_t row, int64_t n) {
+    at::Tensor delta = at::mm(low.narrow(0, row, n), factor);
+    if (masked) delta.mul_(dropout->mask(row, n, columns, delta.scalar_type()));
+    into.narrow(0, row, n).add_(delta, masked ? dropout->scale : 1.0);
+  });
+}
+
+// leftᵀ · right, reduced over the M rows that both have. Returns left.columns × right.columns in `dtype`.
+at::Tensor rank_grad(const Rows& left, const Rows& right, at::ScalarType dtype) {
+  if (left.as_it_lies() && right.as_it_lies()) {
+    return at::mm(left.block(0, left.count()).t(), right.block(0, right.count())).to(dtype);
+  }
+  // Blocks' partial sums add up in fp32 (fp64 in fp64) and are rounded once.
+  const auto wide = at::promoteTypes(at::kFloat, left.dtype());
+  at::Tensor sum = at::zeros({left.columns(), right.columns()}, left.options().dtype(wide));
+  const int64_t longest = std::max(left.columns(), right.columns());
+  const double scale = left.scale() * right.scale();
+  for_each_row_block(left.count(), longest, /*whole=*/false, [&](int64_t row, int64_t n) {
+    sum.add_(at::mm(left.block(row, n).t(), right.block(row, n)), scale);
+  });
+  return sum.to(dtype);
+}
+
+}  // namespace
+
+at::ScalarType rank_dtype(const at::Tensor& rows, const at::Tensor& lora_a, bool round_adapters) {
+  return round_adapters ? rows.scalar_type() : lora_a.scalar_type();
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight,
+                                           const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                           const std::optional<at::Tensor>& bias, double scaling,
+                                           const Dropout& dropout, bool round_adapters) {
+  const auto low = rank_dtype(x, lora_a, round_adapters);
+  const at::Tensor rows = as_matrix(x);
+  at::Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  const at::Tensor h = rank_down(Rows(rows, low, &dropout), lora_a.to(low), scaling);
+  accumulate_rank_up(y, h, lora_b.to(low).t());
+  return {x.dim() == 2 ? y : y.view(with_last_size(x, weight.size(0))), h};
+}
+
+Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                   const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
+                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout, bool round_adapters,
+                   const Needed& needed) {
+  const auto low = rank_dtype(dy, lora_a, round_adapters);
+  const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
+  const at::Tensor dy_rows = as_matrix(dy);
+  const at::Tensor rows = needs_weight || needs_a ? as_matrix(*x) : at::Tensor();
+  at::Tensor dx, dweight, da, db, dbias;
+
+  at::Tensor g;
+  if (needs_x || needs_a) {
+    g = rank_down(Rows(dy_rows, low), lora_b.to(low).t(), scaling);
+  }
+  if (needs_x) {
+    dx = at::mm(dy_rows, weight);
+    accumulate_rank_up(dx, g, lora_a.to(low), &dropout);
+    if (dy.dim() != 2) dx = dx.view(with_last_size(dy, weight.size(1)));
+  }
+  if (needs_a) da = rank_grad(Rows(g, low), Rows(rows, low, &dropout), lora_a.scalar_type());
+  if (needs_b) db = rank_grad(Rows(dy_rows, low), Rows(*h, low), lora_b.scalar_type());
+  if (needs_weight) dweight = at::mm(dy_rows.t(), rows);
+  if (needs_bias) dbias = dy_rows.sum(0);
+  return {dx, dweight, da, db, dbias};
+}
+
+}  // namespace fused_lora::composed

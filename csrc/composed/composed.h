@@ -1,0 +1,48 @@
+// The composed path: torch's own GEMMs, with the low-rank product accumulated in place.
+//
+//     y  = x Wᵀ + b + h Bᵀ            x: M×K   W: N×K   A: r×K   B: N×r   y: M×N
+//     h  = s · drop(x) Aᵀ             h: M×r   (kept for backward)
+//     g  = s · dy B                   g: M×r
+//     dx = dy W + drop'(g A)          dA = gᵀ drop(x)   dB = dyᵀ h   dW = dyᵀ x   db = Σ dy
+//
+// Device-independent ATen. Arguments are taken as checked.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "composed/rows.h"
+
+namespace fused_lora::composed {
+
+// The dtype of h, g and the low-rank products: the adapters' own, unless fp32 masters are to be rounded
+// to the dtype of the long operand (x, dy) first, as autocast does.
+at::ScalarType rank_dtype(const at::Tensor& rows, const at::Tensor& lora_a, bool round_adapters);
+
+// Returns (y, h). y: x's leading dimensions × N in x's dtype; h: M×r in rank_dtype.
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight,
+                                           const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                           const std::optional<at::Tensor>& bias, double scaling,
+                                           const Dropout& dropout, bool round_adapters);
+
+// (dx, dweight, dlora_a, dlora_b, dbias); undefined where not needed.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Needed = std::array<bool, 5>;
+
+// x is read only for dweight and dlora_a, h only for dlora_b.
+Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                   const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
+                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout, bool round_adapters,
+                   const Needed& needed);
+
+// The same gradients out of torch's differentiable operations, for callers who want a graph of the
+// backward itself (create_graph): slower, and differentiable any number of times.
+Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                  const at::Tensor& weight, const at::Tensor& lora_a,
+                                  const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                                  bool round_adapters, const Needed& needed);
+
+}  // namespace fused_lora::composed

@@ -1,0 +1,38 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/matmul.h>
+
+#include "composed/composed.h"
+#include "composed/shapes.h"
+
+namespace fused_lora::composed {
+
+// h is formed again from x and A here: the saved one has no graph behind it.
+Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                  const at::Tensor& weight, const at::Tensor& lora_a,
+                                  const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                                  bool round_adapters, const Needed& needed) {
+  const auto low = rank_dtype(dy, lora_a, round_adapters);
+  const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
+  const at::Tensor dy_rows = as_matrix(dy), rows = x ? as_matrix(*x) : at::Tensor();
+  const at::Tensor a = lora_a.to(low), b = lora_b.to(low), dy_low = dy_rows.to(low);
+  at::Tensor mask;
+  if (dropout.active()) mask = dropout.mask(0, dy_rows.size(0), weight.size(1), low) * dropout.scale;
+  const auto drop = [&](const at::Tensor& t) { return mask.defined() ? t * mask : t; };
+
+  at::Tensor dx, dweight, da, db, dbias;
+  const at::Tensor g = at::matmul(dy_low, b) * scaling;
+  if (needs_x) {
+    dx = at::matmul(dy_rows, weight) + drop(at::matmul(g, a)).to(dy.scalar_type());
+    dx = dx.view(with_last_size(dy, weight.size(1)));
+  }
+  if (needs_weight) dweight = at::matmul(dy_rows.t(), rows);
+  if (needs_a) da = at::matmul(g.t(), drop(rows.to(low))).to(lora_a.scalar_type());
+  if (needs_b) {
+    const at::Tensor h = at::matmul(drop(rows.to(low)), a.t()) * scaling;
+    db = at::matmul(dy_low.t(), h).to(lora_b.scalar_type());
+  }
+  if (needs_bias) dbias = dy_rows.sum(0);
+  return {dx, dweight, da, db, dbias};
+}
+
+}  // namespace fused_lora::composed

@@ -1,0 +1,151 @@
+#include "torch/checks.h"
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+
+namespace fused_lora::checks {
+namespace {
+
+using at::Tensor;
+
+// "torch.float32", as Python writes it.
+std::string dtype_name(at::ScalarType dtype) {
+  return std::string("torch.").append(c10::getDtypeNames(dtype).first);
+}
+
+void check_probability(double p, const char* name) {
+  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "lora_linear: ", name, " must be in [0, 1], got ", p);
+}
+
+void check_seed(const Tensor& seed) {
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "lora_linear: seed must be torch.int64, got ",
+                   dtype_name(seed.scalar_type()));
+  TORCH_CHECK_VALUE(seed.sym_numel() == 1, "lora_linear: seed must hold one number, got shape ",
+                    seed.sym_sizes());
+}
+
+void check_matrix(const Tensor& t, const char* name, const char* shape) {
+  TORCH_CHECK_VALUE(t.dim() == 2, "lora_linear: ", name, " must be 2-D (", shape, "), got shape ",
+                    t.sym_sizes());
+}
+
+void check_size(const Tensor& t, const char* name, int64_t dim, const char* meaning,
+                const c10::SymInt& expected, const char* source) {
+  TORCH_CHECK_VALUE(t.sym_size(dim) == expected, "lora_linear: ", name, " must have ", meaning,
+                    " = ", expected, " (as ", source, ") in dimension ", dim, ", got shape ",
+                    t.sym_sizes());
+}
+
+void check_dtype(const Tensor& t, const char* name, at::ScalarType expected, const char* source) {
+  TORCH_CHECK_TYPE(t.scalar_type() == expected, "lora_linear: ", name, " must be ",
+                   dtype_name(expected), " (as ", source, "), got ", dtype_name(t.scalar_type()));
+}
+
+void check_device(const Tensor& t, const char* name, const Tensor& like, const char* source) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), "lora_linear: ", name, " must be on ",
+                    like.device(), " (as ", source, "), got ", t.device());
+}
+
+bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
+// `rows` is the operand that the caller streams: x in forward, dy in backward.
+void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
+                    const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
+                    const std::optional<Tensor>& seed, bool round_adapters) {
+  TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
+                    " must have at least 1 dimension, got shape ", rows.sym_sizes());
+  check_matrix(weight, "weight", "out_features×in_features");
+  check_matrix(lora_a, "lora_a", "rank×in_features");
+  check_matrix(lora_b, "lora_b", "out_features×rank");
+  check_size(lora_a, "lora_a", 1, "in_features", weight.sym_size(1), "weight");
+  check_size(lora_b, "lora_b", 0, "out_features", weight.sym_size(0), "weight");
+  check_size(lora_b, "lora_b", 1, "rank", lora_a.sym_size(0), "lora_a");
+  TORCH_CHECK_VALUE(lora_a.sym_size(0) >= 1, "lora_linear: lora_a must have rank ≥ 1, got shape ",
+                    lora_a.sym_sizes());
+
+  const auto dtype = rows.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
+                   "lora_linear: ", name, 
+                   " must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got ",
+                   dtype_name(dtype));
+  check_dtype(weight, "weight", dtype, name);
+  const auto adapter = lora_a.scalar_type();
+  TORCH_CHECK_TYPE(adapter == dtype || (adapter == at::kFloat && is_half(dtype)),
+                   "lora_linear: lora_a must be ", dtype_name(dtype), " (as ", name, ")",
+                   is_half(dtype) ? " or torch.float32 (masters)" : "", ", got ",
+                   dtype_name(adapter));
+  check_dtype(lora_b, "lora_b", adapter, "lora_a");
+
+  check_device(weight, "weight", rows, name);
+  check_device(lora_a, "lora_a", rows, name);
+  check_device(lora_b, "lora_b", rows, name);
+
+  check_probability(dropout_p, "dropout_p");
+  if (dropout_p > 0.0) {
+    TORCH_CHECK_VALUE(seed.has_value(), "lora_linear: seed must be given with dropout_p > 0");
+    check_seed(*seed);
+    check_device(*seed, "seed", rows, name);
+  }
+  TORCH_CHECK_VALUE(!round_adapters || is_half(dtype) || adapter == dtype,
+                    "lora_linear: round_adapters needs ", name, " in a 16-bit dtype, got ",
+                    dtype_name(dtype));
+}
+
+}  // namespace
+
+void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                       const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
+                       const std::optional<Tensor>& seed, bool round_adapters) {
+  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed, round_adapters);
+  check_size(x, "x", -1, "in_features", weight.sym_size(1), "weight");
+  if (bias.has_value()) {
+    TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
+                      bias->sym_sizes());
+    check_size(*bias, "bias", 0, "out_features", weight.sym_size(0), "weight");
+    check_dtype(*bias, "bias", x.scalar_type(), "x");
+    check_device(*bias, "bias", x, "x");
+  }
+}
+
+void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+                        const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& h,
+                        double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
+                        const std::array<bool, 5>& needed) {
+  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed, round_adapters);
+  check_size(dy, "dy", -1, "out_features", weight.sym_size(0), "weight");
+  if (needed[1] || needed[2]) {
+    TORCH_CHECK_VALUE(x.has_value(), "lora_linear: x must be given for dweight and dlora_a");
+    TORCH_CHECK_VALUE(x->dim() == dy.dim(), "lora_linear: x must have as many dimensions as dy (",
+                      dy.dim(), "), got shape ", x->sym_sizes());
+    for (int64_t d = 0; d + 1 < dy.dim(); ++d) check_size(*x, "x", d, "rows", dy.sym_size(d), "dy");
+    check_size(*x, "x", -1, "in_features", weight.sym_size(1), "weight");
+    check_dtype(*x, "x", dy.scalar_type(), "dy");
+    check_device(*x, "x", dy, "dy");
+  }
+  if (needed[3]) {
+    TORCH_CHECK_VALUE(h.has_value(), "lora_linear: h must be given for dlora_b");
+    check_matrix(*h, "h", "rows×rank");
+    c10::SymInt rows = 1;
+    for (int64_t d = 0; d + 1 < dy.dim(); ++d) rows = rows * dy.sym_size(d);
+    check_size(*h, "h", 0, "rows", rows, "dy");
+    check_size(*h, "h", 1, "rank", lora_a.sym_size(0), "lora_a");
+    check_device(*h, "h", dy, "dy");
+  }
+}
+
+void mask_arguments(const Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,
+                    double p, const c10::SymInt& row_offset, const c10::SymInt& column_offset) {
+  check_seed(seed);
+  check_probability(p, "p");
+  const auto check_count = [](const c10::SymInt& n, const char* name) {
+    TORCH_CHECK_VALUE(n >= 0, "dropout_mask: ", name, " must be ≥ 0, got ", n);
+  };
+  check_count(rows, "rows");
+  check_count(columns, "columns");
+  check_count(row_offset, "row_offset");
+  check_count(column_offset, "column_offset");
+}
+
+}  // namespace fused_lora::checks

@@ -1,0 +1,27 @@
+// What the ops demand of their arguments. Each error names the argument, what was expected and what was
+// given. Works on symbolic sizes, so the fakes raise the same errors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+
+namespace fused_lora::checks {
+
+void forward_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
+                       double dropout_p, const std::optional<at::Tensor>& seed,
+                       bool round_adapters);
+
+// x and h may be missing where no gradient in `needed` is made of them.
+void backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                        const at::Tensor& weight, const at::Tensor& lora_a,
+                        const at::Tensor& lora_b, const std::optional<at::Tensor>& h,
+                        double dropout_p, const std::optional<at::Tensor>& seed,
+                        bool round_adapters, const std::array<bool, 5>& needed);
+
+void mask_arguments(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,
+                    double p, const c10::SymInt& row_offset, const c10::SymInt& column_offset);
+
+}  // namespace fused_lora::checks

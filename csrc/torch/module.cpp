@@ -1,0 +1,26 @@
+// fused_lora._C: the op without the cost of torch.ops' Python layers, and what this binary was built of.
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+#include <unordered_map>
+
+#include "build_facts.h"
+#include "torch/cast_cache.h"
+#include "torch/ops.h"
+
+PYBIND11_MODULE(_C, m) {
+  namespace py = pybind11;
+  m.doc() = "The compiled half of fused_lora. Importing it registers torch.ops.fused_lora.*";
+
+  m.def("lora_linear", &fused_lora::ops::lora_linear, py::arg("x"), py::arg("weight"),
+        py::arg("lora_a"), py::arg("lora_b"), py::arg("bias"), py::arg("scaling"),
+        py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
+        py::call_guard<py::gil_scoped_release>(),
+        "torch.ops.fused_lora.lora_linear, differentiable, called directly.");
+  m.def("clear_cast_cache", &fused_lora::cast_cache::clear, py::call_guard<py::gil_scoped_release>(),
+        "Drop the low-precision copies of frozen weights that autocast calls keep.");
+  m.def(
+      "build_facts",
+      [] { return std::unordered_map<std::string, std::string>{FUSED_LORA_BUILD_FACTS}; },
+      "What this binary was built of, as {name: value}.");
+}

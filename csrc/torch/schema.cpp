@@ -1,0 +1,68 @@
+#include "torch/ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+// lora_linear is what callers use; forward and backward are what it is made of, so that a traced graph
+// holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and then takes a
+// seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype inside. Backward
+// takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
+TORCH_LIBRARY(fused_lora, m) {
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
+      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, bool round_adapters=False) "
+      "-> Tensor");
+  m.def(
+      "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+      "float scaling, float dropout_p, Tensor? seed, bool round_adapters) -> (Tensor y, Tensor h)");
+  m.def(
+      "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+      "Tensor? h, float scaling, float dropout_p, Tensor? seed, bool round_adapters, "
+      "bool[5] needed) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
+  m.def(
+      "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, *, SymInt row_offset=0, "
+      "SymInt column_offset=0, ScalarType dtype=bool) -> Tensor");
+}
+
+namespace fused_lora::ops {
+namespace {
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace
+
+at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, const OptionalTensor& bias, double scaling,
+                       double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+  static const auto op = find<decltype(lora_linear)>("fused_lora::lora_linear");
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+}
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
+    const at::Tensor& lora_b, const OptionalTensor& bias, double scaling, double dropout_p,
+    const OptionalTensor& seed, bool round_adapters) {
+  static const auto op = find<decltype(lora_linear_forward)>("fused_lora::lora_linear_forward");
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
+    const at::Tensor& lora_a, const at::Tensor& lora_b, const OptionalTensor& h, double scaling,
+    double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed) {
+  static const auto op = find<decltype(lora_linear_backward)>("fused_lora::lora_linear_backward");
+  return op.call(dy, x, weight, lora_a, lora_b, h, scaling, dropout_p, seed, round_adapters,
+                 needed);
+}
+
+at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,
+                        c10::SymInt row_offset, c10::SymInt column_offset, at::ScalarType dtype) {
+  static const auto op = find<decltype(dropout_mask)>("fused_lora::dropout_mask");
+  return op.call(seed, std::move(rows), std::move(columns), p, std::move(row_offset),
+                 std::move(column_offset), dtype);
+}
+
+}  // namespace fused_lora::ops
