@@ -1,0 +1,1 @@
+"""What setup.py decides before it compiles. Runs at build time only; never installed."""
