@@ -1,0 +1,88 @@
+"""What the op demands of its arguments, for the plain-torch path. The compiled path checks the same rules
+with the same words (csrc/torch/checks.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """Raises ValueError for a shape, device or probability, TypeError for a dtype."""
+    if x.dim() < 1:
+        raise ValueError(f"lora_linear: x must have at least 1 dimension, got shape {list(x.shape)}")
+    _dims(weight, "weight", 2, "out_features×in_features")
+    _dims(lora_a, "lora_a", 2, "rank×in_features")
+    _dims(lora_b, "lora_b", 2, "out_features×rank")
+    out_features, in_features = weight.shape
+    _size(lora_a, "lora_a", 1, "in_features", in_features, "weight")
+    _size(lora_b, "lora_b", 0, "out_features", out_features, "weight")
+    _size(lora_b, "lora_b", 1, "rank", lora_a.shape[0], "lora_a")
+    if lora_a.shape[0] < 1:
+        raise ValueError(f"lora_linear: lora_a must have rank ≥ 1, got shape {list(lora_a.shape)}")
+    if x.dtype not in _DTYPES:
+        allowed = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
+        raise TypeError(f"lora_linear: x must be {allowed}, got {x.dtype}")
+    _dtype(weight, "weight", x.dtype, "x")
+    if lora_a.dtype != x.dtype and not (lora_a.dtype == torch.float32 and x.dtype in _HALF):
+        masters = " or torch.float32 (masters)" if x.dtype in _HALF else ""
+        raise TypeError(f"lora_linear: lora_a must be {x.dtype} (as x){masters}, got {lora_a.dtype}")
+    _dtype(lora_b, "lora_b", lora_a.dtype, "lora_a")
+    for tensor, name in ((weight, "weight"), (lora_a, "lora_a"), (lora_b, "lora_b")):
+        _device(tensor, name, x)
+    check_probability(dropout_p, "dropout_p")
+    if dropout_p > 0.0:
+        if seed is None:
+            raise ValueError("lora_linear: seed must be given with dropout_p > 0")
+        if seed.dtype != torch.int64:
+            raise TypeError(f"lora_linear: seed must be torch.int64, got {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"lora_linear: seed must hold one number, got shape {list(seed.shape)}")
+        _device(seed, "seed", x)
+    _size(x, "x", x.dim() - 1, "in_features", in_features, "weight", dim_name="-1")
+    if bias is not None:
+        _dims(bias, "bias", 1, "out_features")
+        _size(bias, "bias", 0, "out_features", out_features, "weight")
+        _dtype(bias, "bias", x.dtype, "x")
+        _device(bias, "bias", x)
+
+
+def check_probability(p: float, name: str) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"lora_linear: {name} must be in [0, 1], got {p:g}")
+
+
+def _dims(tensor: Tensor, name: str, dims: int, meaning: str) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"lora_linear: {name} must be {dims}-D ({meaning}), got shape {list(tensor.shape)}")
+
+
+def _size(
+    tensor: Tensor, name: str, dim: int, meaning: str, expected: int, source: str, dim_name: str = ""
+) -> None:
+    if tensor.shape[dim] != expected:
+        raise ValueError(
+            f"lora_linear: {name} must have {meaning} = {expected} (as {source}) in dimension "
+            f"{dim_name or dim}, got shape {list(tensor.shape)}"
+        )
+
+
+def _dtype(tensor: Tensor, name: str, expected: torch.dtype, source: str) -> None:
+    if tensor.dtype != expected:
+        raise TypeError(f"lora_linear: {name} must be {expected} (as {source}), got {tensor.dtype}")
+
+
+def _device(tensor: Tensor, name: str, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"lora_linear: {name} must be on {x.device} (as x), got {tensor.device}")

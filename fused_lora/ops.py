@@ -1,0 +1,121 @@
+"""The op as Python callers see it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from fused_lora import paths, reference
+from fused_lora.arguments import check_probability
+from fused_lora.binary import BINARY
+
+_compiled = BINARY.module
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank adapter: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021 (arXiv 2106.09685).
+
+    Args:
+        x: …×in_features, any number of leading dimensions; float32, float64, bfloat16 or float16.
+        weight: out_features×in_features in x's dtype; any strides.
+        lora_a: rank×in_features, in x's dtype, or float32 masters beside a 16-bit x. Without autocast
+            masters mean a low-rank path in float32; under autocast they are rounded to its dtype.
+        lora_b: out_features×rank, in lora_a's dtype.
+        bias: out_features in x's dtype.
+        scaling: s, the adapter's factor (alpha / rank as a rule).
+        dropout_p: probability with which the adapter's input is dropped, rounded to a multiple of 2⁻¹⁶.
+        training: False turns dropout off.
+        seed: of the dropout mask; an int, or one int64 on x's device. By default drawn from torch's own
+            generator of that device, so torch.manual_seed governs it and checkpointing repeats it.
+
+    Returns:
+        …×out_features in x's dtype (autocast's, under autocast).
+
+    Raises:
+        ValueError: a shape, device or probability that does not fit, by the argument's name.
+        TypeError: a dtype that does not fit, by the argument's name.
+
+    Gradients go to whichever of x, weight, lora_a, lora_b and bias require them. Saved for backward: x,
+    h = s · drop(x) Aᵀ (rows×rank) and the seed; never a mask, a masked or a cast copy of x.
+    """
+    check_probability(dropout_p, "dropout_p")
+    if training and dropout_p > 0.0:
+        seed_tensor = seed_on(x.device, seed)
+    else:
+        dropout_p, seed_tensor = 0.0, None
+    if paths.choose(x.device.type) == "reference":
+        return reference.lora_linear(
+            x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
+        )
+    if torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)):
+        y: Tensor = torch.ops.fused_lora.lora_linear(
+            x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
+        )
+        return y
+    assert _compiled is not None
+    y = _compiled.lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False)
+    return y
+
+
+def seed_on(device: torch.device, seed: Tensor | int | None) -> Tensor:
+    """A dropout seed as the op takes it: one int64 on `device`; drawn there where none is given.
+
+    A tensor on the device, drawn outside the op: nothing synchronises, a traced graph saves it instead
+    of drawing again, and a checkpoint's recompute, which restores torch's generator, draws the same.
+    """
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, int):
+        return torch.tensor([seed], dtype=torch.int64, device=device)
+    return seed
+
+
+def dropout_mask(
+    seed: Tensor | int,
+    rows: int,
+    columns: int,
+    p: float,
+    *,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    dtype: torch.dtype = torch.bool,
+) -> Tensor:
+    """The mask that `lora_linear` applies to rows×columns of x for a seed: true, or 1, where it keeps.
+
+    An int seed means the CPU. The offsets draw a part of a larger mask (a shard's rows or columns).
+    """
+    seed_tensor = seed if isinstance(seed, Tensor) else seed_on(torch.device("cpu"), seed)
+    if paths.choose(seed_tensor.device.type) == "reference":
+        check_probability(p, "p")
+        mask = reference.dropout_mask(
+            seed_tensor, rows, columns, p, row_offset=row_offset, column_offset=column_offset
+        )
+        return mask.to(dtype)
+    mask = torch.ops.fused_lora.dropout_mask(
+        seed_tensor, rows, columns, p, row_offset=row_offset, column_offset=column_offset, dtype=dtype
+    )
+    return mask
+
+
+def clear_cast_cache() -> None:
+    """Drop the copies of frozen weights that autocast calls keep in the autocast dtype.
+
+    They follow a weight by torch's version counter and its storage. A write through `weight.data` moves
+    neither, so call this after one.
+    """
+    if _compiled is not None:
+        _compiled.clear_cast_cache()

@@ -1,0 +1,103 @@
+"""The oracle: the op's equation in plain torch, on any device, differentiable by torch's own autograd.
+
+    y = x Wᵀ + b + h Bᵀ,   h = s · drop(x) Aᵀ
+
+It is what every other path is tested against, and what serves where there is no compiled path.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_lora.arguments import check_arguments
+
+_LANES = 8  # columns that one Philox call decides
+_WORD = 0xFFFFFFFF
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """x: …×in, weight: out×in, lora_a: r×in, lora_b: out×r, bias: out. Returns …×out in x's dtype."""
+    # Under autocast torch brings the operands of its own linear together; nothing is to be compared here.
+    if not torch.is_autocast_enabled(x.device.type):
+        check_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed)
+    y = F.linear(x, weight, bias)
+    delta = lora_delta(x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed)
+    return (y + delta).to(y.dtype)
+
+
+def lora_delta(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """s · drop(x) Aᵀ Bᵀ in the adapters' dtype: what the adapter adds to the frozen linear. Returns …×out."""
+    x_hat = x.to(lora_a.dtype)
+    if dropout_p > 0.0:
+        assert seed is not None
+        keep, scale = dropout_rule(dropout_p)
+        mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p)
+        x_hat = x_hat * mask.reshape(x.shape) * scale
+    h = scaling * F.linear(x_hat, lora_a)
+    return F.linear(h, lora_b)
+
+
+def dropout_rule(p: float) -> tuple[int, float]:
+    """(keep, scale): lanes below `keep`, of 65536, are kept; scale = 1 / the kept share, 0 if none is."""
+    keep = int((1.0 - p) * 65536.0 + 0.5)
+    return keep, 65536.0 / keep if keep else 0.0
+
+
+def dropout_mask(
+    seed: Tensor, rows: int, columns: int, p: float, *, row_offset: int = 0, column_offset: int = 0
+) -> Tensor:
+    """The keep-mask, bool, rows×columns. csrc/common/dropout.h states the rule that it follows."""
+    keep, _ = dropout_rule(p)
+    device = seed.device
+    row = torch.arange(row_offset, row_offset + rows, device=device)
+    first = column_offset // _LANES
+    blocks = -(-(column_offset + columns) // _LANES) - first
+    block = torch.arange(first, first + blocks, device=device)
+    counter = (row[:, None] & _WORD, row[:, None] >> 32, block[None] & _WORD, block[None] >> 32)
+    words = philox4x32_10(counter, seed.reshape(()))
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    lanes = torch.stack(halves, dim=-1).reshape(rows, blocks * _LANES)
+    start = column_offset - first * _LANES
+    return lanes[:, start : start + columns] < keep
+
+
+def philox4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11).
+
+    counter: four int64 tensors that broadcast, each holding 32-bit words; key: one int64. Returns four
+    int64 tensors of 32-bit words. Products wrap modulo 2^64, and a shift with a mask takes their high word.
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    key0, key1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _WORD) ^ c1 ^ key0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ c3 ^ key1,
+            product0 & _WORD,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
