@@ -36,9 +36,7 @@ def sources(pattern: str) -> list[str]:
 def describe_build() -> tuple[toolkit.Decision, toolkit.Toolkit | None, dict[str, str]]:
     try:
         found = toolkit.find_toolkit() if torch.version.cuda else None
-        decision = toolkit.decide(
-            torch.version.cuda, found, os.environ.get("FORCE_CUDA"), sources("**/*.cu")
-        )
+        decision = toolkit.decide(torch.version.cuda, found, os.environ.get("FORCE_CUDA"), sources("**/*.cu"))
     except toolkit.BuildError as error:
         raise SystemExit(f"fused-lora: {error}") from error
     if decision.cuda and not torch.cuda.is_available():

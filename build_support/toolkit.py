@@ -70,9 +70,7 @@ def decide(
     return Decision(False, obstacle)
 
 
-def _obstacle(
-    torch_cuda: str | None, toolkit: Toolkit | None, sources: Sequence[object]
-) -> str | None:
+def _obstacle(torch_cuda: str | None, toolkit: Toolkit | None, sources: Sequence[object]) -> str | None:
     if not sources:
         return "this version has no CUDA sources"
     if not torch_cuda:

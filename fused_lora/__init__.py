@@ -1,4 +1,45 @@
+"""LoRA linears as one fused operation, forward and backward, for the projections you choose."""
+
+from typing import Any
+
 from fused_lora._version import __version__
 from fused_lora.binary import FusedLoRAWarning
+from fused_lora.files import AdapterFileError, load_adapter, save_adapter
+from fused_lora.layer import LoRALinear, LoRASettings
 from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear
 from fused_lora.paths import explain, use_path
+from fused_lora.report import Report
+from fused_lora.swap import add_lora, disabled, merge, remove_lora, set_adapter, unmerge
+
+__all__ = [
+    "AdapterFileError",
+    "FusedLoRAWarning",
+    "LoRALinear",
+    "LoRASettings",
+    "Report",
+    "__version__",
+    "add_lora",
+    "clear_cast_cache",
+    "disabled",
+    "dropout_mask",
+    "explain",
+    "fuse",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "remove_lora",
+    "save_adapter",
+    "set_adapter",
+    "unfuse",
+    "unmerge",
+    "use_path",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # PEFT is an extra, and slow to import: only who fuses a PEFT model pays for it.
+    if name in ("fuse", "unfuse"):
+        from fused_lora import peft_layers
+
+        return getattr(peft_layers, name)
+    raise AttributeError(f"module 'fused_lora' has no attribute {name!r}")

@@ -50,7 +50,7 @@ def lora_delta(
     x_hat = x.to(lora_a.dtype)
     if dropout_p > 0.0:
         assert seed is not None
-        keep, scale = dropout_rule(dropout_p)
+        _, scale = dropout_rule(dropout_p)
         mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p)
         x_hat = x_hat * mask.reshape(x.shape) * scale
     h = scaling * F.linear(x_hat, lora_a)

@@ -1,0 +1,105 @@
+"""The command line: python -m fused_lora, or fused-lora."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_lora import paths
+from fused_lora._version import __version__
+from fused_lora.binary import BINARY
+from fused_lora.swap import add_lora, remove_lora
+from fused_lora.targets import ROLES, inventory
+
+TARGET_SETS = (*ROLES, "o_proj+fc2", "qkv+o_proj", "fc1+fc2", "all")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fused-lora", description="LoRA linears as one fused operation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, the build, the machine, and which paths are available")
+    targets = commands.add_parser("targets", help="what each target set would swap and train in a model")
+    targets.add_argument("model", type=Path, help="a directory with a transformers model's config.json")
+    targets.add_argument("--r", type=int, default=16, help="rank of the adapters (default: 16)")
+    asked = parser.parse_args(arguments)
+    try:
+        print(info() if asked.command == "info" else describe_targets(asked.model, asked.r))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"fused-lora: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def info() -> str:
+    rows = [
+        ("fused-lora", __version__),
+        ("python", platform.python_version()),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        (
+            "processor",
+            f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads",
+        ),
+        ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
+    ]
+    rows += [(f"build: {key}", value) for key, value in BINARY.facts.items()]
+    if BINARY.problem:
+        rows.append(("build: problem", BINARY.problem))
+    for device in ("cpu", "cuda"):
+        for path in paths.PATHS[1:]:
+            problem = paths.obstacle(path, device)
+            if device == "cuda" and not torch.cuda.is_available():
+                problem = "no GPU is available"
+            rows.append((f"path: {path} on {device}", problem or "available"))
+    rows.append(("a call on cpu takes", paths.explain("cpu")))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def describe_targets(directory: Path, r: int) -> str:
+    """A table of the target sets on the model that `directory` configures; no weights are read."""
+    model = _meta_model(directory)
+    lines = [f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, r={r}"]
+    lines.append(f"{'targets':<12}{'linears':>9}{'trained':>14}{'share':>10}")
+    notes: dict[str, None] = {}
+    for targets in TARGET_SETS:
+        try:
+            report = add_lora(model, targets, r=r)
+        except ValueError as error:
+            lines.append(f"{targets:<12}{'–':>9}  {str(error).splitlines()[0]}")
+            continue
+        remove_lora(model)
+        lines.append(
+            f"{targets:<12}{len(report.swapped):>9}{report.trained:>14,}{100 * report.trained_share:>9.3f} %"
+        )
+        notes.update(dict.fromkeys(f"  {skip.name}: {skip.reason}" for skip in report.skipped))
+    if notes:
+        lines += ["left as they are:", *notes]
+    return "\n".join([*lines, "the model's linears:", inventory(model)])
+
+
+def _meta_model(directory: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"transformers does not import ({error}): pip install transformers") from error
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json")
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+    names = config.architectures or []
+    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    with torch.device("meta"):
+        model: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
+    return model

@@ -1,0 +1,244 @@
+"""Adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
+
+Keys are base_model.model.<path>.lora_A.weight and ….lora_B.weight; the adapter's name is a matter of the
+running process and not of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.layer import LoRALinear, LoRASettings, linear_features, obstacle
+from fused_lora.swap import _freeze, lora_layers, set_adapter
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+
+# Fields of an adapter's configuration that change what it computes, beyond r, alpha and rslora: a file
+# that sets one is refused, because to load only its matrices would be to compute something else.
+_UNSUPPORTED = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
+    *("velora_config", "monteclora_config", "kasa_config"),
+)
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+class AdapterFileError(ValueError):
+    """An adapter's files that do not hold what they should, or do not fit the model."""
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Writes one adapter of an `add_lora` model to `directory`, for PEFT and for `load_adapter`.
+
+    Files of the same names are replaced, each in one step.
+    """
+    layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.settings}
+    if not layers:
+        raise KeyError(f"no adapter {adapter_name!r} in this model")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().contiguous()
+    config = _config(model, {name: layer.settings[adapter_name] for name, layer in layers.items()}, layers)
+    save_file = _safetensors().save_file
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Puts an adapter from PEFT's files on `model`, in place, and makes it the active one.
+
+    Linears that have no adapter yet are adopted, as `add_lora` does; the model is frozen.
+
+    Args:
+        trainable: whether the adapter's matrices train.
+        dtype: of the matrices in memory; by default as `add_lora` chooses it.
+
+    Returns the paths of the layers that carry it. Raises AdapterFileError, before anything is changed,
+    where the files are missing or damaged, ask for what is not supported, or do not fit the model.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    tensors = _read_tensors(directory)
+    plan = _plan(model, config, tensors, adapter_name)
+    _freeze(model)
+    for name, (settings, a, b) in plan.items():
+        module = model.get_submodule(name)
+        layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
+        layer.add_adapter(adapter_name, settings, dtype=dtype)
+        with torch.no_grad():
+            layer.lora_A[adapter_name].copy_(a)
+            layer.lora_B[adapter_name].copy_(b)
+    set_adapter(model, adapter_name)
+    for name in plan:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, LoRALinear)
+        layer.lora_A[adapter_name].requires_grad_(trainable)
+        layer.lora_B[adapter_name].requires_grad_(trainable)
+    return list(plan)
+
+
+def _plan(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter_name: str
+) -> dict[str, tuple[LoRASettings, Tensor, Tensor]]:
+    """For each layer: the settings, A and B; all of it checked against the model."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match:
+            raise AdapterFileError(f"{TENSORS}: unexpected tensor {key!r}")
+        pairs.setdefault(match[1], {})[match[2]] = tensor
+    if not pairs:
+        raise AdapterFileError(f"{TENSORS}: holds no tensors")
+    modules = dict(model.named_modules())
+    plan = {}
+    for name, pair in pairs.items():
+        if len(pair) != 2:
+            missing = "B" if "A" in pair else "A"
+            raise AdapterFileError(f"{TENSORS}: tensor {_PREFIX}{name}.lora_{missing}.weight is missing")
+        if name not in modules:
+            raise AdapterFileError(f"{TENSORS}: the model has no module {name!r}")
+        module = modules[name]
+        if isinstance(module, LoRALinear):
+            if adapter_name in module.settings:
+                raise ValueError(f"adapter_name: {name} has an adapter {adapter_name!r} already")
+            if module.merged:
+                raise RuntimeError("model: it is merged; unmerge it before you load an adapter")
+        else:
+            reason = obstacle(module)
+            if reason:
+                raise AdapterFileError(f"{TENSORS}: {name} cannot carry an adapter: {reason}")
+        a, b = pair["A"], pair["B"]
+        in_features, out_features = linear_features(module)
+        r = _pattern(config.get("rank_pattern"), name, config["r"])
+        for tensor, letter, shape in ((a, "A", (r, in_features)), (b, "B", (out_features, r))):
+            if tuple(tensor.shape) != shape:
+                raise AdapterFileError(
+                    f"{TENSORS}: {name}.lora_{letter} must have shape {list(shape)} (r={r} of {CONFIG} and "
+                    f"the model's {in_features}→{out_features}), got {list(tensor.shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise AdapterFileError(f"{TENSORS}: {name}.lora_{letter} holds values that are not finite")
+        settings = LoRASettings(
+            r,
+            _pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
+            config.get("lora_dropout") or 0.0,
+            bool(config.get("use_rslora")),
+        )
+        plan[name] = (settings, a, b)
+    return plan
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except FileNotFoundError:
+        raise AdapterFileError(f"{directory} holds no {CONFIG}") from None
+    except ValueError as error:
+        raise AdapterFileError(f"{directory / CONFIG} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterFileError(f"{CONFIG}: peft_type must be 'LORA', got {kind!r}")
+    for field in ("r", "lora_alpha"):
+        if not isinstance(config.get(field), (int, float)):
+            raise AdapterFileError(f"{CONFIG}: {field} must be a number, got {config.get(field)!r}")
+    for field in _UNSUPPORTED:
+        if config.get(field):
+            raise AdapterFileError(f"{CONFIG}: {field}={config[field]!r} is not supported")
+    if config.get("bias", "none") != "none":
+        raise AdapterFileError(f"{CONFIG}: bias={config['bias']!r} is not supported, only 'none'")
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    path = directory / TENSORS
+    if not path.exists():
+        raise AdapterFileError(f"{directory} holds no {TENSORS} (pickled adapters are not read)")
+    try:
+        tensors: dict[str, Tensor] = safetensors.load_file(path)
+    except Exception as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def _config(
+    model: nn.Module, settings: Mapping[str, LoRASettings], layers: Mapping[str, LoRALinear]
+) -> dict[str, Any]:
+    first = next(iter(settings.values()))
+    for name, s in settings.items():
+        if (s.rslora, s.dropout) != (first.rslora, first.dropout):
+            raise ValueError(f"{name} differs in rslora or dropout, which a file holds once for all layers")
+    config = getattr(model, "config", None)
+    kind = type(model).__name__
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != first.r},
+        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != first.alpha},
+        "target_modules": _target_names(model, layers),
+        "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
+        "bias": "none",
+    }
+
+
+def _target_names(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
+    """The shortest ends of paths that name these layers and, by PEFT's rule, nothing else in the model."""
+    others = [n for n, _ in model.named_modules() if n not in layers]
+    names: set[str] = set()
+    for path in layers:
+        parts = path.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        names.add(next(e for e in ends if not any(o == e or o.endswith("." + e) for o in others)))
+    return sorted(names)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that fits the path's end."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"adapters are kept in safetensors files, and safetensors does not import ({error}): "
+            "pip install safetensors"
+        ) from error
+    return safetensors.torch

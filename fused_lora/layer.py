@@ -1,0 +1,369 @@
+"""LoRALinear: a linear layer with named low-rank adapters, in place of nn.Linear."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_lora import reference
+from fused_lora.ops import lora_linear, seed_on
+
+# Classes that compute x Wᵀ + b and nothing else, by qualified name so that no library is imported for
+# them, and whether they hold W transposed (in_features×out_features). A subclass may do more, so only
+# the very class counts.
+PLAIN_LINEARS = {
+    "torch.nn.modules.linear.Linear": False,
+    "transformers.pytorch_utils.Conv1D": True,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": False,
+}
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What an adapter is besides its two matrices. scaling = alpha / r, or alpha / √r with rslora
+    (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732)."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r != int(self.r) or self.r < 1:
+            raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite, got {self.alpha!r}")
+        if not 0.0 <= self.dropout <= 1.0:
+            raise ValueError(f"dropout must be in [0, 1], got {self.dropout!r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+class LoRALinear(nn.Linear):
+    """nn.Linear plus the sum of its active adapters: y = x Wᵀ + b + Σ s·B(A·drop(x)).
+
+    weight and bias are nn.Linear's own, under the same names; adapters hold lora_A[name] (r×in_features)
+    and lora_B[name] (out_features×r). The arguments after dtype add a first adapter where r is given.
+
+    While merged the adapters are part of `weight`, and the original Parameter is kept aside until
+    `unmerge()` puts it back, the same object, bit for bit. That costs one more weight per merged layer.
+    A merge is a state of the running process: `state_dict()` holds the original weight, and loading a
+    state dict, changing adapters or switching them off while merged is an error.
+    """
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    settings: dict[str, LoRASettings]
+    _active: list[str]
+    _enabled: bool
+    _unmerged_weight: nn.Parameter | None
+    _base_class: type[nn.Module]
+    _transposed: bool
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int | None = None,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_name: str = "default",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._begin(nn.Linear)
+        if r is not None:
+            self.add_adapter(adapter_name, LoRASettings(r, alpha, dropout, rslora))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        r: int | None = None,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        adapter_name: str = "default",
+    ) -> LoRALinear:
+        """A new layer that shares weight, bias and hooks with `linear`, which stays as it is.
+
+        linear: nn.Linear or another of PLAIN_LINEARS. Raises TypeError for anything else.
+        """
+        shell = object.__new__(type(linear))
+        for name, value in vars(linear).items():
+            shell.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
+        layer = cls.adopt(shell)
+        if r is not None:
+            layer.add_adapter(adapter_name, LoRASettings(r, alpha, dropout, rslora))
+        return layer
+
+    @classmethod
+    def adopt(cls, linear: nn.Module) -> LoRALinear:
+        """Turns `linear` itself into a LoRALinear without adapters: its parameters, its hooks and every
+        reference to it stay. `release()` turns it back. Raises TypeError where `obstacle` has a reason."""
+        reason = obstacle(linear)
+        if reason:
+            raise TypeError(f"linear: {reason}")
+        base_class = type(linear)
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear._begin(base_class)
+        return linear
+
+    def release(self) -> nn.Module:
+        """Turns the layer back into what it was before `adopt`; its adapters are dropped. While merged it
+        keeps the merged weight."""
+        self._unmerged_weight = None
+        for name in ("lora_A", "lora_B"):
+            del self._modules[name]
+        if self._transposed:
+            del self.in_features, self.out_features
+        base_class = self._base_class
+        for name in ("settings", "_active", "_enabled", "_unmerged_weight", "_base_class", "_transposed"):
+            del self.__dict__[name]
+        self.__class__ = base_class  # type: ignore[assignment]
+        return self
+
+    def _begin(self, base_class: type[nn.Module]) -> None:
+        self._base_class = base_class
+        self._transposed = PLAIN_LINEARS[_qualified(base_class)]
+        if self._transposed:
+            self.in_features, self.out_features = self.weight.shape
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.settings = {}
+        self._active = []
+        self._enabled = True
+        self._unmerged_weight = None
+
+    # Adapters
+
+    def add_adapter(
+        self,
+        name: str,
+        settings: LoRASettings,
+        *,
+        dtype: torch.dtype | None = None,
+        activate: bool = True,
+    ) -> None:
+        """Adds an adapter: A from kaiming_uniform(a=√5), as PEFT's, and B zero, so that it adds nothing yet.
+
+        dtype: of A and B; by default float32 for 16-bit weights (masters), else the weight's own.
+        activate: make it the active adapter.
+        """
+        self._demand_unmerged("add an adapter")
+        if not name or "." in name:
+            raise ValueError(f"name must be a non-empty string without dots, got {name!r}")
+        if name in self.settings:
+            raise ValueError(f"name: there is an adapter {name!r} already")
+        if dtype is None:
+            half = self.weight.dtype in (torch.bfloat16, torch.float16)
+            dtype = torch.float32 if half else self.weight.dtype
+        options: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
+        self.lora_A[name] = nn.Parameter(torch.empty(settings.r, self.in_features, **options))
+        self.lora_B[name] = nn.Parameter(torch.empty(self.out_features, settings.r, **options))
+        self.settings[name] = settings
+        self.reset_adapter(name)
+        if activate:
+            self._active = [name]
+
+    def reset_adapter(self, name: str) -> None:
+        """Draws A anew and zeroes B (after `to_empty()`, for one)."""
+        self._demand(name)
+        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[name])
+
+    def delete_adapter(self, name: str) -> None:
+        self._demand_unmerged("delete an adapter")
+        self._demand(name)
+        del self.lora_A[name], self.lora_B[name], self.settings[name]
+        self._active = [active for active in self._active if active != name]
+
+    @property
+    def active_adapters(self) -> tuple[str, ...]:
+        """The adapters whose sum the layer adds, in order."""
+        return tuple(self._active)
+
+    def set_adapter(self, names: str | list[str] | tuple[str, ...]) -> None:
+        """Makes these the active adapters. Which of them train is left as it is."""
+        self._demand_unmerged("switch adapters")
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self._demand(name)
+        self._active = names
+
+    @property
+    def enabled(self) -> bool:
+        """False: the layer is the frozen linear alone."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._demand_unmerged("switch adapters on or off")
+        self._enabled = bool(value)
+
+    # Merging
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def delta_weight(self, name: str) -> Tensor:
+        """s · B A of one adapter, in the layout of `weight`, in float32 (float64 for float64)."""
+        self._demand(name)
+        wide = torch.promote_types(torch.float32, self.lora_A[name].dtype)
+        delta = self.settings[name].scaling * (self.lora_B[name].to(wide) @ self.lora_A[name].to(wide))
+        return delta.t() if self._transposed else delta
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the active adapters to the weight, in float32, rounded once to the weight's dtype."""
+        if self.merged:
+            raise RuntimeError("the layer is merged already")
+        if not self._enabled:
+            raise RuntimeError("the layer's adapters are switched off: enable them to merge them")
+        if not self._active:
+            return
+        original = self.weight
+        total = original.to(torch.promote_types(torch.float32, original.dtype), copy=True)
+        for name in self._active:
+            total += self.delta_weight(name)
+        merged = total.to(original.dtype)
+        if not merged.is_meta and not torch.isfinite(merged).all():
+            raise ValueError(f"merging adapters {self._active} gives a weight that is not finite")
+        self.weight = nn.Parameter(merged, requires_grad=False)
+        self._unmerged_weight = original
+
+    def unmerge(self) -> None:
+        """Puts the original weight back."""
+        if self._unmerged_weight is None:
+            raise RuntimeError("the layer is not merged")
+        self.weight, self._unmerged_weight = self._unmerged_weight, None
+
+    # nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: …×in_features. Returns …×out_features."""
+        if self._unmerged_weight is not None or not self._enabled or not self._active:
+            y: Tensor = self._base_class.forward(self, x)
+            return y
+        weight = self.weight.t() if self._transposed else self.weight
+        if len(self._active) == 1:
+            (name,) = self._active
+            settings = self.settings[name]
+            return lora_linear(
+                x,
+                weight,
+                self.lora_A[name],
+                self.lora_B[name],
+                self.bias,
+                scaling=settings.scaling,
+                dropout_p=settings.dropout,
+                training=self.training,
+            )
+        return self._forward_several(x, weight)
+
+    def _forward_several(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Without dropout Σ sᵢ·Bᵢ Aᵢ is one product of concatenated ranks.
+        if not self.training or not any(self.settings[name].dropout for name in self._active):
+            a = torch.cat([self.lora_A[name] for name in self._active])
+            b = torch.cat([self.settings[name].scaling * self.lora_B[name] for name in self._active], dim=1)
+            return lora_linear(x, weight, a, b, self.bias)
+        # With it each adapter has a mask of its own.
+        y = F.linear(x, weight, self.bias)
+        total = y
+        for name in self._active:
+            settings = self.settings[name]
+            total = total + reference.lora_delta(
+                x,
+                self.lora_A[name],
+                self.lora_B[name],
+                scaling=settings.scaling,
+                dropout_p=settings.dropout,
+                seed=seed_on(x.device, None) if settings.dropout else None,
+            )
+        return total.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+        for name, s in self.settings.items():
+            active = "" if name in self._active else ", inactive"
+            text += f", {name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{active})"
+        if self.merged:
+            text += ", merged"
+        return text if self._enabled else text + ", disabled"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        # The weight kept aside moves and converts with the rest.
+        super()._apply(fn, recurse)
+        if self._unmerged_weight is not None:
+            self._unmerged_weight.data = fn(self._unmerged_weight.data)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        original = self._unmerged_weight
+        if original is not None:
+            destination[prefix + "weight"] = original if keep_vars else original.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(f"{prefix.removesuffix('.')}: the layer is merged; unmerge it before loading.")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _demand(self, name: str) -> None:
+        if name not in self.settings:
+            have = ", ".join(map(repr, self.settings)) or "none"
+            raise KeyError(f"no adapter {name!r} in this layer; it has {have}")
+
+    def _demand_unmerged(self, action: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"the layer is merged: unmerge it before you {action}")
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why `module` cannot become a LoRALinear in place; None where it can."""
+    kind = type(module)
+    if isinstance(module, LoRALinear):
+        return "it is a LoRALinear already"
+    if _qualified(kind) not in PLAIN_LINEARS:
+        return f"a {kind.__name__} is not a plain linear"
+    if "forward" in vars(module):
+        return "its forward is overridden on the instance (as offloading and quantising hooks do)"
+    weight = module.weight
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain Parameter"
+    if weight.dtype not in _FLOATS:
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a plain linear or a LoRALinear."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    return (rows, columns) if PLAIN_LINEARS[_qualified(type(module))] else (columns, rows)
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

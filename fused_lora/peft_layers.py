@@ -1,0 +1,142 @@
+"""PEFT's LoRA layers, computed by the fused op: the same modules, keys and files, another forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.layer import PLAIN_LINEARS, _qualified, obstacle
+from fused_lora.ops import lora_linear
+from fused_lora.report import Report, Swapped
+from fused_lora.targets import Skipped
+
+try:
+    from peft.tuners.lora.layer import Linear as PeftLinear
+    from peft.tuners.lora.layer import LoraLayer
+except ImportError as error:
+    raise ImportError(
+        f"fused_lora.fuse works on PEFT models and PEFT does not import ({error}): pip install peft"
+    ) from error
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
+    """peft.tuners.lora.Linear with one fused call for the case that is trained and served most: one active
+    plain adapter, neither merged nor disabled. In every other state PEFT's own forward runs."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self._fusible_adapter()
+        if args or kwargs or name is None:
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        dropout = self.lora_dropout[name]
+        transposed = PLAIN_LINEARS[_qualified(type(base))]
+        return lora_linear(
+            x,
+            base.weight.t() if transposed else base.weight,
+            lora_a,
+            lora_b,
+            base.bias,
+            scaling=self.scaling[name],
+            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+            training=dropout.training,
+        )
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)
+        self._weight_changed()
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self._weight_changed()
+
+    def _weight_changed(self) -> None:
+        # PEFT writes through weight.data, past the version counter that casts of the weight are kept by.
+        torch.autograd.graph.increment_version(self.get_base_layer().weight)
+
+    def _fusible_adapter(self) -> str | None:
+        """The one active adapter, where the fused op computes what PEFT would; else None."""
+        if self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or adapter_obstacle(self, active[0]) is not None:
+            return None
+        return active[0]
+
+
+def fuse(model: nn.Module) -> Report:
+    """Makes the LoRA layers of a PEFT model fused, in place: keys, files and PEFT's methods stay.
+
+    Layers that are not covered keep PEFT's own forward and stand in the report with the reason. Layers
+    that PEFT adds later are plain until `fuse` is called again. Raises ValueError for a model without
+    LoRA layers. `unfuse` undoes it.
+    """
+    report = Report("fused PEFT layers")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layers of PEFT's")
+    for name, layer in layers.items():
+        reason = layer_obstacle(layer)
+        if reason:
+            report.skipped.append(Skipped(name, reason))
+            continue
+        layer.__class__ = FusedPeftLinear
+        size = sum(p.numel() for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
+        report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
+    report.count_parameters(model)
+    return report
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every fused layer its own class back. Returns `model`."""
+    for module in model.modules():
+        if isinstance(module, FusedPeftLinear):
+            module._weight_changed()  # from here on PEFT may merge unseen
+            module.__class__ = PeftLinear
+    return model
+
+
+def layer_obstacle(layer: nn.Module) -> str | None:
+    """Why a LoRA layer of PEFT's cannot run fused, whichever adapter is active; None where it can."""
+    if type(layer) not in (PeftLinear, FusedPeftLinear):
+        return f"a {type(layer).__module__}.{type(layer).__name__} is not PEFT's plain lora.Linear"
+    if "forward" in vars(layer):
+        return "its forward is overridden on the instance"
+    reason = obstacle(layer.base_layer)
+    if reason:
+        return f"its base layer: {reason}"
+    if any(getattr(layer.base_layer, hooks) for hooks in _HOOKS):
+        return "its base layer has hooks"
+    reasons = [adapter_obstacle(layer, name) for name in layer.lora_A]
+    if reasons and all(reasons):
+        return reasons[0]
+    return None
+
+
+def adapter_obstacle(layer: Any, name: str) -> str | None:
+    """Why one adapter of a layer runs PEFT's own forward; None where it runs fused."""
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
+    if layer.lora_bias.get(name):
+        return f"adapter {name!r} has a bias (lora_bias)"
+    lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"adapter {name!r} holds a {type(lora_a).__name__} and a {type(lora_b).__name__}"
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"adapter {name!r} drops out by a {type(dropout).__name__}"
+    weight, a = layer.base_layer.weight, lora_a.weight
+    masters = a.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
+    if a.dtype != weight.dtype and not masters:
+        return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
+    if type(a) is not nn.Parameter or type(lora_b.weight) is not nn.Parameter:
+        return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
+    if not isinstance(layer.scaling[name], (int, float)):
+        return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
+    for module in (lora_a, lora_b, dropout):
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return f"adapter {name!r} has hooks"
+    return None

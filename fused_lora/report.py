@@ -1,0 +1,58 @@
+"""What a swap did, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fused_lora.targets import Skipped, collapsed
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A layer that now runs fused, and how many parameters its adapters hold."""
+
+    name: str
+    in_features: int
+    out_features: int
+    adapter_parameters: int
+
+
+@dataclass
+class Report:
+    """What was swapped, what was not and why, and what trains. print() it."""
+
+    title: str
+    swapped: list[Swapped] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    trained: int = 0
+    total: int = 0
+
+    def count_parameters(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            self.total += parameter.numel()
+            self.trained += parameter.numel() if parameter.requires_grad else 0
+
+    @property
+    def trained_share(self) -> float:
+        return self.trained / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{self.title}: {len(self.swapped)} layers swapped"]
+        sizes: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        for s in self.swapped:
+            kind = f"{collapsed(s.name)}  {s.in_features}→{s.out_features}"
+            counts[kind] += 1
+            sizes[kind] += s.adapter_parameters
+        lines += [f"  {n} × {kind}, {sizes[kind]:,} adapter parameters" for kind, n in counts.items()]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} left as they are")
+            reasons = Counter(f"{collapsed(s.name)}: {s.reason}" for s in self.skipped)
+            lines += [f"  {n} × {reason}" for reason, n in reasons.items()]
+        lines.append(
+            f"{self.trained:,} of {self.total:,} parameters train ({100 * self.trained_share:.3f} %)"
+        )
+        return "\n".join(lines)

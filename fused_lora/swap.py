@@ -1,0 +1,152 @@
+"""Adapters on a whole model: put on, taken off, merged, switched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fused_lora.layer import LoRALinear, LoRASettings
+from fused_lora.report import Report, Swapped
+from fused_lora.targets import Targets, select
+
+# On the model that add_lora was given: the names of the parameters that trained before.
+_TRAINED = "_fused_lora_trained"
+
+
+def add_lora(
+    model: nn.Module,
+    targets: Targets = "o_proj",
+    *,
+    r: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
+) -> Report:
+    """Freezes `model` and puts an adapter on every linear that `targets` names, in place.
+
+    Args:
+        targets: the study's names joined by "+" ("o_proj", "o_proj+fc2", "qkv", "fc1", "fc2", "all"), a
+            list of path ends, or a regular expression over whole paths (fused_lora.targets).
+        r, alpha, dropout, rslora: of the adapter (LoRASettings).
+        adapter_name: a second call with another name adds another adapter, which becomes the only one
+            that is active and trains; with the same name and other targets it extends the first.
+        dtype: of A and B; by default float32 for 16-bit weights, else the weight's own.
+
+    Returns a Report; print it. Raises ValueError for targets that name nothing, before anything changed.
+    The layers are changed in place (LoRALinear.adopt): hooks, ties and references to them stay valid.
+    """
+    settings = LoRASettings(r, alpha, dropout, rslora)
+    selection = select(model, targets)
+    for name, module in selection.chosen.items():
+        if isinstance(module, LoRALinear) and adapter_name in module.settings:
+            raise ValueError(f"adapter_name: {name} has an adapter {adapter_name!r} already")
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise RuntimeError("model: it is merged; unmerge it before you add an adapter")
+    _freeze(model)
+    report = Report(
+        f"adapter {adapter_name!r} (r={r}, alpha={alpha:g}, dropout={dropout:g})", skipped=selection.skipped
+    )
+    for name, module in selection.chosen.items():
+        layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
+        layer.add_adapter(adapter_name, settings, dtype=dtype)
+        size = layer.lora_A[adapter_name].numel() + layer.lora_B[adapter_name].numel()
+        report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
+    set_adapter(model, adapter_name)
+    report.count_parameters(model)
+    return report
+
+
+def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Gives the model back: plain linears, the very same modules and Parameters, training what trained.
+
+    merge: leave the active adapters in the weights, as new Parameters. Returns `model`.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model: no layer of it has an adapter")
+    for layer in layers.values():
+        if merge and not layer.merged:
+            layer.merge()
+        elif not merge and layer.merged:
+            layer.unmerge()
+    for layer in layers.values():
+        layer.release()
+    trained: frozenset[str] = model.__dict__.pop(_TRAINED, frozenset())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Makes `adapter_name` the active adapter wherever a layer has it, and the only one that trains.
+    Layers without it add nothing."""
+    layers = _demand(model, adapter_name)
+    for layer in layers.values():
+        layer.set_adapter(adapter_name if adapter_name in layer.settings else [])
+        for name in layer.settings:
+            layer.lora_A[name].requires_grad_(name == adapter_name)
+            layer.lora_B[name].requires_grad_(name == adapter_name)
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every layer's active adapters to its weight; see LoRALinear.merge. All layers or none."""
+    done: list[LoRALinear] = []
+    try:
+        for layer in _demand(model).values():
+            layer.merge()
+            if layer.merged:
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts every merged layer's own weight back."""
+    for layer in _demand(model).values():
+        if layer.merged:
+            layer.unmerge()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context `model` is the frozen model alone."""
+    layers = list(_demand(model).values())
+    before = [layer.enabled for layer in layers]
+    if any(layer.merged for layer in layers):
+        raise RuntimeError("model: it is merged; unmerge it before you disable its adapters")
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's LoRALinears by path; one that is tied, under its first."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _freeze(model: nn.Module) -> None:
+    if _TRAINED not in vars(model):
+        trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        setattr(model, _TRAINED, trained)
+    model.requires_grad_(False)
+
+
+def _demand(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRALinear]:
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("model: no layer of it has an adapter; add_lora puts them on")
+    if adapter_name is not None and not any(adapter_name in layer.settings for layer in layers.values()):
+        have = sorted({name for layer in layers.values() for name in layer.settings})
+        raise KeyError(f"no adapter {adapter_name!r} in this model; it has {', '.join(map(repr, have))}")
+    return layers
