@@ -41,14 +41,11 @@ def check_arguments(
     _dtype(lora_b, "lora_b", lora_a.dtype, "lora_a")
     for tensor, name in ((weight, "weight"), (lora_a, "lora_a"), (lora_b, "lora_b")):
         _device(tensor, name, x)
-    check_probability(dropout_p, "dropout_p")
+    check_probability("lora_linear", dropout_p, "dropout_p")
     if dropout_p > 0.0:
         if seed is None:
             raise ValueError("lora_linear: seed must be given with dropout_p > 0")
-        if seed.dtype != torch.int64:
-            raise TypeError(f"lora_linear: seed must be torch.int64, got {seed.dtype}")
-        if seed.numel() != 1:
-            raise ValueError(f"lora_linear: seed must hold one number, got shape {list(seed.shape)}")
+        _seed("lora_linear", seed)
         _device(seed, "seed", x)
     _size(x, "x", x.dim() - 1, "in_features", in_features, "weight", dim_name="-1")
     if bias is not None:
@@ -58,9 +55,28 @@ def check_arguments(
         _device(bias, "bias", x)
 
 
-def check_probability(p: float, name: str) -> None:
+def check_mask_arguments(
+    seed: Tensor, rows: int, columns: int, p: float, row_offset: int, column_offset: int
+) -> None:
+    """Raises ValueError for a size, an offset or a probability, TypeError for the seed's dtype."""
+    _seed("dropout_mask", seed)
+    check_probability("dropout_mask", p, "p")
+    counts = {"rows": rows, "columns": columns, "row_offset": row_offset, "column_offset": column_offset}
+    for name, count in counts.items():
+        if count < 0:
+            raise ValueError(f"dropout_mask: {name} must be ≥ 0, got {count}")
+
+
+def check_probability(op: str, p: float, name: str) -> None:
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"lora_linear: {name} must be in [0, 1], got {p:g}")
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {p:g}")
+
+
+def _seed(op: str, seed: Tensor) -> None:
+    if seed.dtype != torch.int64:
+        raise TypeError(f"{op}: seed must be torch.int64, got {seed.dtype}")
+    if seed.numel() != 1:
+        raise ValueError(f"{op}: seed must hold one number, got shape {list(seed.shape)}")
 
 
 def _dims(tensor: Tensor, name: str, dims: int, meaning: str) -> None:

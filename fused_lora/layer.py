@@ -247,7 +247,8 @@ class LoRALinear(nn.Linear):
         if not merged.is_meta and not torch.isfinite(merged).all():
             raise ValueError(f"merging adapters {self._active} gives a weight that is not finite")
         self.weight = nn.Parameter(merged, requires_grad=False)
-        self._unmerged_weight = original
+        # Past nn.Module's setattr, which would list it among the layer's parameters.
+        self.__dict__["_unmerged_weight"] = original
 
     def unmerge(self) -> None:
         """Puts the original weight back."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fused_lora import paths, reference
-from fused_lora.arguments import check_probability
+from fused_lora.arguments import check_mask_arguments, check_probability
 from fused_lora.binary import BINARY
 
 _compiled = BINARY.module
@@ -52,7 +52,7 @@ def lora_linear(
     Gradients go to whichever of x, weight, lora_a, lora_b and bias require them. Saved for backward: x,
     h = s · drop(x) Aᵀ (rows×rank) and the seed; never a mask, a masked or a cast copy of x.
     """
-    check_probability(dropout_p, "dropout_p")
+    check_probability("lora_linear", dropout_p, "dropout_p")
     if training and dropout_p > 0.0:
         seed_tensor = seed_on(x.device, seed)
     else:
@@ -100,7 +100,7 @@ def dropout_mask(
     """
     seed_tensor = seed if isinstance(seed, Tensor) else seed_on(torch.device("cpu"), seed)
     if paths.choose(seed_tensor.device.type) == "reference":
-        check_probability(p, "p")
+        check_mask_arguments(seed_tensor, rows, columns, p, row_offset, column_offset)
         mask = reference.dropout_mask(
             seed_tensor, rows, columns, p, row_offset=row_offset, column_offset=column_offset
         )

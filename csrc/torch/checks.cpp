@@ -15,14 +15,14 @@ std::string dtype_name(at::ScalarType dtype) {
   return std::string("torch.").append(c10::getDtypeNames(dtype).first);
 }
 
-void check_probability(double p, const char* name) {
-  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, "lora_linear: ", name, " must be in [0, 1], got ", p);
+void check_probability(const char* op, double p, const char* name) {
+  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, op, ": ", name, " must be in [0, 1], got ", p);
 }
 
-void check_seed(const Tensor& seed) {
-  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, "lora_linear: seed must be torch.int64, got ",
+void check_seed(const char* op, const Tensor& seed) {
+  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, op, ": seed must be torch.int64, got ",
                    dtype_name(seed.scalar_type()));
-  TORCH_CHECK_VALUE(seed.sym_numel() == 1, "lora_linear: seed must hold one number, got shape ",
+  TORCH_CHECK_VALUE(seed.sym_numel() == 1, op, ": seed must hold one number, got shape ",
                     seed.sym_sizes());
 }
 
@@ -82,10 +82,10 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
   check_device(lora_a, "lora_a", rows, name);
   check_device(lora_b, "lora_b", rows, name);
 
-  check_probability(dropout_p, "dropout_p");
+  check_probability("lora_linear", dropout_p, "dropout_p");
   if (dropout_p > 0.0) {
     TORCH_CHECK_VALUE(seed.has_value(), "lora_linear: seed must be given with dropout_p > 0");
-    check_seed(*seed);
+    check_seed("lora_linear", *seed);
     check_device(*seed, "seed", rows, name);
   }
   TORCH_CHECK_VALUE(!round_adapters || is_half(dtype) || adapter == dtype,
@@ -131,14 +131,17 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
     for (int64_t d = 0; d + 1 < dy.dim(); ++d) rows = rows * dy.sym_size(d);
     check_size(*h, "h", 0, "rows", rows, "dy");
     check_size(*h, "h", 1, "rank", lora_a.sym_size(0), "lora_a");
+    const bool rounded = round_adapters || dy.scalar_type() == lora_a.scalar_type();
+    check_dtype(*h, "h", rounded ? dy.scalar_type() : lora_a.scalar_type(),
+                rounded ? "dy" : "lora_a");
     check_device(*h, "h", dy, "dy");
   }
 }
 
 void mask_arguments(const Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,
                     double p, const c10::SymInt& row_offset, const c10::SymInt& column_offset) {
-  check_seed(seed);
-  check_probability(p, "p");
+  check_seed("dropout_mask", seed);
+  check_probability("dropout_mask", p, "p");
   const auto check_count = [](const c10::SymInt& n, const char* name) {
     TORCH_CHECK_VALUE(n >= 0, "dropout_mask: ", name, " must be ≥ 0, got ", n);
   };
