@@ -90,11 +90,10 @@ def load_adapter(
             layer.lora_A[adapter_name].copy_(a)
             layer.lora_B[adapter_name].copy_(b)
     set_adapter(model, adapter_name)
-    for name in plan:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, LoRALinear)
-        layer.lora_A[adapter_name].requires_grad_(trainable)
-        layer.lora_B[adapter_name].requires_grad_(trainable)
+    for layer in lora_layers(model).values():
+        if adapter_name in layer.settings:
+            layer.lora_A[adapter_name].requires_grad_(trainable)
+            layer.lora_B[adapter_name].requires_grad_(trainable)
     return list(plan)
 
 

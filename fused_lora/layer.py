@@ -227,7 +227,9 @@ class LoRALinear(nn.Linear):
         """s · B A of one adapter, in the layout of `weight`, in float32 (float64 for float64)."""
         self._demand(name)
         wide = torch.promote_types(torch.float32, self.lora_A[name].dtype)
-        delta = self.settings[name].scaling * (self.lora_B[name].to(wide) @ self.lora_A[name].to(wide))
+        delta: Tensor = self.settings[name].scaling * (
+            self.lora_B[name].to(wide) @ self.lora_A[name].to(wide)
+        )
         return delta.t() if self._transposed else delta
 
     @torch.no_grad()
@@ -313,7 +315,7 @@ class LoRALinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         # The weight kept aside moves and converts with the rest.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._unmerged_weight is not None:
             self._unmerged_weight.data = fn(self._unmerged_weight.data)
         return self
@@ -362,7 +364,9 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a plain linear or a LoRALinear."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    rows, columns = module.weight.shape  # type: ignore[union-attr]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
     return (rows, columns) if PLAIN_LINEARS[_qualified(type(module))] else (columns, rows)
 
 

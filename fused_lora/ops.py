@@ -108,6 +108,7 @@ def dropout_mask(
     mask = torch.ops.fused_lora.dropout_mask(
         seed_tensor, rows, columns, p, row_offset=row_offset, column_offset=column_offset, dtype=dtype
     )
+    assert isinstance(mask, Tensor)
     return mask
 
 

@@ -62,7 +62,7 @@ class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
         """The one active adapter, where the fused op computes what PEFT would; else None."""
         if self.disable_adapters or self.merged:
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        active: list[str] = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or adapter_obstacle(self, active[0]) is not None:
             return None
         return active[0]
@@ -100,7 +100,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def layer_obstacle(layer: nn.Module) -> str | None:
+def layer_obstacle(layer: Any) -> str | None:
     """Why a LoRA layer of PEFT's cannot run fused, whichever adapter is active; None where it can."""
     if type(layer) not in (PeftLinear, FusedPeftLinear):
         return f"a {type(layer).__module__}.{type(layer).__name__} is not PEFT's plain lora.Linear"

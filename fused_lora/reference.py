@@ -89,7 +89,7 @@ def philox4x32_10(
     counter: four int64 tensors that broadcast, each holding 32-bit words; key: one int64. Returns four
     int64 tensors of 32-bit words. Products wrap modulo 2^64, and a shift with a mask takes their high word.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     key0, key1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -125,13 +126,12 @@ def _parts(targets: Targets) -> Iterator[tuple[str, Callable[[str], bool]]]:
         if not targets:
             raise ValueError("targets: the list is empty")
         for end in targets:
-            yield end, lambda path, end=end: path == end or path.endswith("." + end)
+            yield end, partial(_ends_with, end)
         return
     roles = targets.split("+")
     if all(role in ROLES or role == "all" for role in roles):
         for role in roles:
-            wanted = tuple(ROLES) if role == "all" else (role,)
-            yield role, lambda path, wanted=wanted: role_of(path) in wanted
+            yield role, partial(_has_role, tuple(ROLES) if role == "all" else (role,))
         return
     try:
         pattern = re.compile(targets)
@@ -139,6 +139,14 @@ def _parts(targets: Targets) -> Iterator[tuple[str, Callable[[str], bool]]]:
         known = ", ".join([*ROLES, "all"])
         raise ValueError(f"targets: {targets!r} is neither made of {known} nor a pattern: {error}") from error
     yield targets, lambda path: pattern.fullmatch(path) is not None
+
+
+def _ends_with(end: str, path: str) -> bool:
+    return path == end or path.endswith("." + end)
+
+
+def _has_role(roles: Sequence[str], path: str) -> bool:
+    return role_of(path) in roles
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module | tuple[int, ...]]]:

@@ -127,7 +127,9 @@ def assert_no_worse_than_torch(ours: Tensor, torch_own: Tensor, exact: Tensor, w
         assert cosine > 1 - 1e-3, f"{what}: cosine {cosine}"
 
 
-def check_against_torch(given: Operands, op, needs=("x", "lora_a", "lora_b"), sequence=torch_sequence) -> None:
+def check_against_torch(
+    given: Operands, op, needs=("x", "lora_a", "lora_b"), sequence=torch_sequence
+) -> None:
     """Forward and the needed gradients of `op` under the rule above."""
     ours = forward_and_backward(op, given, needs)
     own = forward_and_backward(sequence, given, needs)

@@ -21,7 +21,9 @@ def op_arguments(given, requires_grad=True):
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_lora_linear(dtype, adapter_dtype, dropout_p):
-    args, options = op_arguments(operands((2, 3), dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p))
+    args, options = op_arguments(
+        operands((2, 3), dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
+    )
     opcheck(torch.ops.fused_lora.lora_linear, args, options, rtol=2e-2, atol=2e-2)
 
 
@@ -80,7 +82,9 @@ def test_full_graph_forward_and_backward(dtype, adapter_dtype, dropout_p):
 
 def test_full_graph_through_inductor_in_a_small_network_with_dropout():
     torch.manual_seed(0)
-    network = torch.nn.Sequential(LoRALinear(24, 32, r=4), torch.nn.GELU(), LoRALinear(32, 8, r=4, dropout=0.25))
+    network = torch.nn.Sequential(
+        LoRALinear(24, 32, r=4), torch.nn.GELU(), LoRALinear(32, 8, r=4, dropout=0.25)
+    )
     for layer in (network[0], network[2]):
         torch.nn.init.normal_(layer.lora_B["default"])
     x = torch.randn(6, 24, requires_grad=True)
@@ -160,7 +164,7 @@ def test_checkpointing_draws_the_same_mask_again(use_reentrant, compiled):
 
 def test_torch_func_is_refused_with_a_reason():
     given = operands()
-    with pytest.raises(RuntimeError, match="functorch|C\\+\\+"):
+    with pytest.raises(RuntimeError, match=r"functorch|C\+\+"):
         torch.func.grad(lambda a: lora_linear(given.x, given.weight, a, given.lora_b).sum())(given.lora_a)
 
 

@@ -30,9 +30,7 @@ def words(text: str) -> list[int]:
 def test_reference_philox_gives_the_published_answers(counter, key, result):
     low, high = words(key)
     signed = (high << 32 | low) - (1 << 64 if high >> 31 else 0)
-    got = reference.philox4x32_10(
-        tuple(torch.tensor(word) for word in words(counter)), torch.tensor(signed)
-    )
+    got = reference.philox4x32_10(tuple(torch.tensor(word) for word in words(counter)), torch.tensor(signed))
     assert [int(word) for word in got] == words(result)
 
 

@@ -50,7 +50,9 @@ def test_every_dtype_is_as_exact_as_torch(dtype, adapter_dtype, dropout_p):
 @pytest.mark.parametrize(("lead", "in_features", "out_features", "rank"), SHAPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32)])
-def test_every_shape_is_as_exact_as_torch(lead, in_features, out_features, rank, dropout_p, dtype, adapter_dtype):
+def test_every_shape_is_as_exact_as_torch(
+    lead, in_features, out_features, rank, dropout_p, dtype, adapter_dtype
+):
     given = operands(lead, in_features, out_features, rank, dtype, adapter_dtype, dropout_p=dropout_p)
     check_against_torch(given, lora_linear)
 

@@ -6,8 +6,8 @@
 //     lane  = word[(column % 8) / 2] >> (16 * (column % 2))  &  0xffff
 //
 // One call serves eight neighbours: one call for each element would cost more than the rest of the
-// adapter. The keep-probability is therefore rounded to a multiple of 2^-16, and the scale matches the
-// rounded value, so that the expectation stays exact.
+// adapter. The keep-probability is therefore rounded to a multiple of 2^-16, and the scale matches
+// the rounded value, so that the expectation stays exact.
 //
 // Torch-free, host and device.
 #pragma once
@@ -26,8 +26,8 @@ struct Philox4x32 {
   uint32_t word[4];
 };
 
-// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
-// The multipliers and the Weyl increments of the key are the paper's.
+// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+// SC'11. The multipliers and the Weyl increments of the key are the paper's.
 FUSED_LORA_HOST_DEVICE Philox4x32 philox4x32_10(Philox4x32 counter, uint64_t key) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;

@@ -21,7 +21,8 @@ at::Tensor rank_down(const Rows& rows, const at::Tensor& factor, double alpha) {
   return out;
 }
 
-// into += low · factor, under the dropout mask where there is one. low: M×r, factor: r×C, into: M×C.
+// into += low · factor, under the dropout mask where there is one.
+// low: M×r, factor: r×C, into: M×C.
 void accumulate_rank_up(const at::Tensor& into, const at::Tensor& low, const at::Tensor& factor,
                         const Dropout* dropout = nullptr) {
   const bool masked = dropout != nullptr && dropout->active();
@@ -37,7 +38,8 @@ void accumulate_rank_up(const at::Tensor& into, const at::Tensor& low, const at:
   });
 }
 
-// leftᵀ · right, reduced over the M rows that both have. Returns left.columns × right.columns in `dtype`.
+// leftᵀ · right, reduced over the M rows that both have.
+// Returns left.columns × right.columns in `dtype`.
 at::Tensor rank_grad(const Rows& left, const Rows& right, at::ScalarType dtype) {
   if (left.as_it_lies() && right.as_it_lies()) {
     return at::mm(left.block(0, left.count()).t(), right.block(0, right.count())).to(dtype);
@@ -73,8 +75,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
 
 Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
-                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout, bool round_adapters,
-                   const Needed& needed) {
+                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
+                   bool round_adapters, const Needed& needed) {
   const auto low = rank_dtype(dy, lora_a, round_adapters);
   const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
   const at::Tensor dy_rows = as_matrix(dy);

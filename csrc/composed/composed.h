@@ -18,8 +18,8 @@
 
 namespace fused_lora::composed {
 
-// The dtype of h, g and the low-rank products: the adapters' own, unless fp32 masters are to be rounded
-// to the dtype of the long operand (x, dy) first, as autocast does.
+// The dtype of h, g and the low-rank products: the adapters' own, unless fp32 masters are to be
+// rounded to the dtype of the long operand (x, dy) first, as autocast does.
 at::ScalarType rank_dtype(const at::Tensor& rows, const at::Tensor& lora_a, bool round_adapters);
 
 // Returns (y, h). y: x's leading dimensions × N in x's dtype; h: M×r in rank_dtype.
@@ -35,8 +35,8 @@ using Needed = std::array<bool, 5>;
 // x is read only for dweight and dlora_a, h only for dlora_b.
 Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
-                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout, bool round_adapters,
-                   const Needed& needed);
+                   const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
+                   bool round_adapters, const Needed& needed);
 
 // The same gradients out of torch's differentiable operations, for callers who want a graph of the
 // backward itself (create_graph): slower, and differentiable any number of times.

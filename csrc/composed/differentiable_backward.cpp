@@ -16,8 +16,10 @@ Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::
   const at::Tensor dy_rows = as_matrix(dy), rows = x ? as_matrix(*x) : at::Tensor();
   const at::Tensor a = lora_a.to(low), b = lora_b.to(low), dy_low = dy_rows.to(low);
   at::Tensor mask;
-  if (dropout.active()) mask = dropout.mask(0, dy_rows.size(0), weight.size(1), low) * dropout.scale;
-  const auto drop = [&](const at::Tensor& t) { return mask.defined() ? t * mask : t; };
+  if (dropout.active()) mask = dropout.mask(0, dy_rows.size(0), weight.size(1), low);
+  const auto drop = [&](const at::Tensor& t) {
+    return mask.defined() ? t * mask * dropout.scale : t;
+  };
 
   at::Tensor dx, dweight, da, db, dbias;
   const at::Tensor g = at::matmul(dy_low, b) * scaling;

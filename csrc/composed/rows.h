@@ -1,5 +1,6 @@
-// A long operand (x or dy) as the low-rank path reads it: M rows, with a cast and dropout applied on the
-// way, a block of rows at a time, so that neither a masked nor a cast copy of it ever exists whole.
+// A long operand (x or dy) as the low-rank path reads it: M rows, with a cast and dropout applied
+// on the way, a block of rows at a time, so that neither a masked nor a cast copy of it ever exists
+// whole.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,12 +14,13 @@
 
 namespace fused_lora::composed {
 
-// Draws the keep-mask of a block: (seed, rows, columns, p, row_offset, column_offset, dtype) → rows×columns.
+// Draws the keep-mask of a block, rows×columns:
+// (seed, rows, columns, p, row_offset, column_offset, dtype).
 using DrawMask = at::Tensor (*)(const at::Tensor&, int64_t, int64_t, double, int64_t, int64_t,
                                 at::ScalarType);
 
-// Dropout with probability p, its mask drawn again from the seed wherever it is needed. The mask is 0
-// and 1; `scale` is folded into a product's factor by whoever multiplies, because 1/(1-p) is not
+// Dropout with probability p, its mask drawn again from the seed wherever it is needed. The mask is
+// 0 and 1; `scale` is folded into a product's factor by whoever multiplies, because 1/(1-p) is not
 // representable in 16 bits and a mask is.
 struct Dropout {
   double p;
@@ -39,14 +41,13 @@ struct Dropout {
   }
 };
 
-// Calls body(row, rows) for consecutive blocks of an M×columns operand: one block where the operand is
-// read as it lies (`whole`), else blocks whose transient copy stays in a core's cache.
+// Calls body(row, rows) for consecutive blocks of an M×columns operand: one block where the operand
+// is read as it lies (`whole`), else blocks whose transient copy stays in a core's cache.
 template <typename Body>
 void for_each_row_block(int64_t m, int64_t columns, bool whole, const Body& body) {
   constexpr int64_t kBlockElements = 1 << 18;  // 1 MiB in fp32
-  const int64_t block =
-      whole ? std::max<int64_t>(1, m)
-            : std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, columns));
+  const int64_t fitting = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, columns));
+  const int64_t block = whole ? std::max<int64_t>(1, m) : fitting;
   for (int64_t row = 0; row < m; row += block) {
     body(row, std::min(block, m - row));
   }

@@ -11,7 +11,8 @@
 namespace fused_lora::cpu {
 namespace {
 
-// Philox blocks drawn together: enough independent counters for the compiler to vectorise the rounds.
+// Philox blocks drawn together: enough independent counters for the compiler to vectorise the
+// rounds.
 constexpr int64_t kBatch = 16;
 
 template <typename T>

@@ -10,8 +10,8 @@ namespace {
 using at::Tensor;
 using ops::OptionalTensor;
 
-// x, W and b go to the autocast dtype, as in torch's own linear. fp32 adapters do not: they are rounded
-// inside the op, so that no cast of them is stored and their gradients come out in fp32.
+// x, W and b go to the autocast dtype, as in torch's own linear. fp32 adapters do not: they are
+// rounded inside the op, so that no cast of them is stored and their gradients come out in fp32.
 template <c10::DeviceType kDevice>
 Tensor autocast(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                 const OptionalTensor& bias, double scaling, double dropout_p,

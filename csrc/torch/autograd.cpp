@@ -61,9 +61,9 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     // Grad mode is on in a backward only where its own graph is wanted (create_graph).
     auto [dx, dweight, da, db, dbias] =
         at::GradMode::is_enabled()
-            ? composed::differentiable_backward(
-                  grads[0], x, weight, lora_a, lora_b, scaling,
-                  composed::Dropout(dropout_p, seed, draw_mask), round_adapters, needed)
+            ? composed::differentiable_backward(grads[0], x, weight, lora_a, lora_b, scaling,
+                                                composed::Dropout(dropout_p, seed, draw_mask),
+                                                round_adapters, needed)
             : ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
                                         seed, round_adapters, needed);
     return {dx, dweight, da, db, dbias, Tensor(), Tensor(), Tensor(), Tensor()};

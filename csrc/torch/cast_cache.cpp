@@ -11,8 +11,8 @@
 namespace fused_lora::cast_cache {
 namespace {
 
-// Known by its memory, not by its tensor, so that every view of a weight (Conv1D passes a transpose)
-// finds the same copy.
+// Known by its memory, not by its tensor, so that every view of a weight (Conv1D passes a
+// transpose) finds the same copy.
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   int64_t version;

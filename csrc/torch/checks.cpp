@@ -48,7 +48,9 @@ void check_device(const Tensor& t, const char* name, const Tensor& like, const c
                     like.device(), " (as ", source, "), got ", t.device());
 }
 
-bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+bool is_half(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16;
+}
 
 // `rows` is the operand that the caller streams: x in forward, dy in backward.
 void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
@@ -67,7 +69,7 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
 
   const auto dtype = rows.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
-                   "lora_linear: ", name, 
+                   "lora_linear: ", name,
                    " must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got ",
                    dtype_name(dtype));
   check_dtype(weight, "weight", dtype, name);

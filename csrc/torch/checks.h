@@ -1,5 +1,5 @@
-// What the ops demand of their arguments. Each error names the argument, what was expected and what was
-// given. Works on symbolic sizes, so the fakes raise the same errors.
+// What the ops demand of their arguments. Each error names the argument, what was expected and what
+// was given. Works on symbolic sizes, so the fakes raise the same errors.
 #pragma once
 
 #include <ATen/core/Tensor.h>

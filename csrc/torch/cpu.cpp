@@ -13,8 +13,8 @@ using at::Tensor;
 using ops::OptionalTensor;
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
-                                   const Tensor& lora_b, const OptionalTensor& bias,
-                                   double scaling, double dropout_p, const OptionalTensor& seed,
+                                   const Tensor& lora_b, const OptionalTensor& bias, double scaling,
+                                   double dropout_p, const OptionalTensor& seed,
                                    bool round_adapters) {
   checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, round_adapters);
   return composed::forward(x, weight, lora_a, lora_b, bias, scaling,
@@ -32,8 +32,8 @@ composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Te
                             needed);
 }
 
-Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t columns, double p,
-                    int64_t row_offset, int64_t column_offset, at::ScalarType dtype) {
+Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t columns, double p, int64_t row_offset,
+                    int64_t column_offset, at::ScalarType dtype) {
   checks::mask_arguments(seed, rows, columns, p, row_offset, column_offset);
   return cpu::dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
 }

@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
 }
 
 composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,
-                             const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& h, double,
-                             double dropout_p, const OptionalTensor& seed, bool round_adapters,
-                             std::array<bool, 5> needed) {
+                             const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& h,
+                             double, double dropout_p, const OptionalTensor& seed,
+                             bool round_adapters, std::array<bool, 5> needed) {
   checks::backward_arguments(dy, x, weight, lora_a, lora_b, h, dropout_p, seed, round_adapters,
                              needed);
   const auto like = [](bool needed, const Tensor& t) {
@@ -37,8 +37,8 @@ composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Te
   };
   c10::SymDimVector dx_sizes(dy.sym_sizes().begin(), dy.sym_sizes().end());
   dx_sizes.back() = weight.sym_size(1);
-  return {needed[0] ? at::empty_symint(dx_sizes, dy.options()) : Tensor(), like(needed[1], weight), like(needed[2], lora_a),
-          like(needed[3], lora_b),
+  return {needed[0] ? at::empty_symint(dx_sizes, dy.options()) : Tensor(), like(needed[1], weight),
+          like(needed[2], lora_a), like(needed[3], lora_b),
           needed[4] ? at::empty_symint({weight.sym_size(0)}, dy.options()) : Tensor()};
 }
 

@@ -1,4 +1,5 @@
-// fused_lora._C: the op without the cost of torch.ops' Python layers, and what this binary was built of.
+// fused_lora._C: the op without the cost of torch.ops' Python layers, and what this binary was
+// built of.
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -17,7 +18,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
         py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fused_lora.lora_linear, differentiable, called directly.");
-  m.def("clear_cast_cache", &fused_lora::cast_cache::clear, py::call_guard<py::gil_scoped_release>(),
+  m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
+        py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");
   m.def(
       "build_facts",

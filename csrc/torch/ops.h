@@ -1,5 +1,5 @@
-// The operators of fused_lora::, called through torch's dispatcher, so that autograd, autocast, fake
-// tensors and tracing see every call.
+// The operators of fused_lora::, called through torch's dispatcher, so that autograd, autocast,
+// fake tensors and tracing see every call.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,10 +3,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-// lora_linear is what callers use; forward and backward are what it is made of, so that a traced graph
-// holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and then takes a
-// seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype inside. Backward
-// takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
+// lora_linear is what callers use; forward and backward are what it is made of, so that a traced
+// graph holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and
+// then takes a seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype
+// inside. Backward takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
 TORCH_LIBRARY(fused_lora, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
@@ -18,7 +18,8 @@ TORCH_LIBRARY(fused_lora, m) {
   m.def(
       "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
       "Tensor? h, float scaling, float dropout_p, Tensor? seed, bool round_adapters, "
-      "bool[5] needed) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias)");
+      "bool[5] needed) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor "
+      "dbias)");
   m.def(
       "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, *, SymInt row_offset=0, "
       "SymInt column_offset=0, ScalarType dtype=bool) -> Tensor");

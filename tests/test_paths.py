@@ -1,0 +1,169 @@
+"""Which path serves, when it is asked for, and what happens where there is no binary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fused_lora
+from fused_lora import binary, lora_linear, paths
+from tests.operands import operands
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def calls_of_the_op(call) -> int:
+    with torch.profiler.profile() as profile:
+        call()
+    return sum(event.name == "fused_lora::lora_linear_forward" for event in profile.events())
+
+
+@pytest.mark.parametrize(("path", "count"), [("composed", 1), ("auto", 1), ("reference", 0)])
+def test_a_path_asked_for_by_name_is_taken(path, count):
+    given = operands()
+    with fused_lora.use_path(path):
+        assert calls_of_the_op(lambda: lora_linear(*given.tensors)) == count
+        assert fused_lora.explain().split(":")[0] == ("composed" if path == "auto" else path)
+
+
+def test_use_path_ends_with_its_context_and_reaches_other_threads():
+    seen = []
+    with fused_lora.use_path("reference"):
+        thread = threading.Thread(target=lambda: seen.append(paths.choose("cpu")))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+    assert paths.choose("cpu") == "composed"
+
+
+def test_an_unknown_path_is_an_error():
+    message = "path must be one of auto, composed, reference, got 'fast'"
+    with pytest.raises(ValueError, match=message), fused_lora.use_path("fast"):
+        pass
+    done = run("import fused_lora", FUSED_LORA_PATH="fast")
+    assert "FUSED_LORA_PATH must be one of auto, composed, reference, got 'fast'" in done.stderr
+
+
+def test_the_environment_variable_chooses():
+    done = run("import fused_lora; print(fused_lora.explain())", FUSED_LORA_PATH="reference")
+    assert done.stdout == "reference: asked for\n"
+
+
+def test_auto_warns_once_a_device_and_serves_where_no_kernel_does(monkeypatch):
+    monkeypatch.setattr(paths, "_warned", set())
+    with pytest.warns(fused_lora.FusedLoRAWarning, match="no kernels for 'xpu' tensors") as warned:
+        assert [paths.choose("xpu") for _ in range(3)] == ["reference"] * 3
+    assert len(warned) == 1
+    assert fused_lora.explain("xpu").startswith("reference: ")
+
+
+def test_a_path_that_cannot_serve_is_an_error_where_it_is_asked_for_by_name():
+    with fused_lora.use_path("composed"), pytest.raises(RuntimeError, match="'composed' was asked for, but"):
+        paths.choose("xpu")
+
+
+WITHOUT_BINARY = """
+import sys, warnings
+sys.modules["fused_lora._C"] = None  # an import of it fails
+import torch, fused_lora
+x, w, a, b = torch.randn(3, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ys = [fused_lora.lora_linear(x, w, a, b) for _ in range(3)]
+assert [type(c.message).__name__ for c in caught] == ["FusedLoRAWarning"], caught
+assert "rebuild it" in str(caught[0].message)
+assert all(torch.allclose(y, x @ w.t() + x @ a.t() @ b.t(), atol=1e-5) for y in ys)
+assert fused_lora.dropout_mask(1, 2, 3, 0.5).shape == (2, 3)
+fused_lora.clear_cast_cache()
+layer = fused_lora.LoRALinear(8, 4, r=2, dropout=0.5)
+torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+try:
+    with fused_lora.use_path("composed"):
+        fused_lora.lora_linear(x, w, a, b)
+except RuntimeError as error:
+    assert "'composed' was asked for, but fused_lora._C does not load" in str(error), error
+else:
+    raise AssertionError("composed was served without a binary")
+print("served")
+"""
+
+
+def test_without_a_binary_plain_torch_serves_with_one_warning():
+    done = run(WITHOUT_BINARY)
+    assert done.stdout == "served\n", done.stderr
+
+
+def facts(**changes: str) -> dict[str, str]:
+    return {"torch": "2.13.0+cpu", "torch_cuda": "none"} | changes
+
+
+@pytest.mark.parametrize(
+    ("built", "problem"),
+    [
+        (facts(), None),
+        (facts(torch="2.12.1+cpu"), "built for torch 2.12.1+cpu and torch 2.13.0+cpu is running"),
+        (facts(torch_cuda="12.8"), "built for torch's CUDA 12.8 and torch has none"),
+        ({}, "built for torch None"),
+    ],
+)
+def test_facts_are_compared_with_the_torch_that_runs(built, problem):
+    found = binary.mismatch(built, "2.13.0+cpu", None)
+    if problem is None:
+        assert found is None
+    else:
+        assert problem in found
+        assert "--no-build-isolation" in found  # how to mend it
+
+
+def test_a_binary_of_another_torch_is_not_touched(tmp_path, monkeypatch):
+    (tmp_path / "_build.json").write_text(json.dumps(facts(torch="1.0")))
+    monkeypatch.setattr(binary.importlib, "import_module", lambda name: pytest.fail("it was loaded"))
+    loaded = binary.load(tmp_path)
+    assert loaded.module is None
+    assert "built for torch 1.0" in loaded.problem
+
+
+def test_missing_and_damaged_facts_are_explained(tmp_path):
+    assert "is not built" in binary.load(tmp_path).problem
+    (tmp_path / "_build.json").write_text("{")
+    assert "cannot be read" in binary.load(tmp_path).problem
+
+
+def test_the_facts_in_the_binary_are_those_beside_it():
+    beside = json.loads((binary.Path(binary.__file__).parent / "_build.json").read_text())
+    assert binary.BINARY.module.build_facts() == beside
+    assert beside["torch"] == torch.__version__
+
+
+def test_many_threads_may_call_at_once():
+    given = operands((64,), 64, 64, 8, dropout_p=0.3)
+    leaves = [t.requires_grad_() for t in given.tensors]
+    expected = torch.autograd.grad(lora_linear(*leaves, **given.options).sum(), leaves)
+    failures = []
+
+    def work():
+        for _ in range(20):
+            got = torch.autograd.grad(lora_linear(*leaves, **given.options).sum(), leaves)
+            if not all(torch.equal(g, e) for g, e in zip(got, expected, strict=True)):
+                failures.append("a gradient differs")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
