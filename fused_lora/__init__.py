@@ -1,6 +1,6 @@
 """LoRA linears as one fused operation, forward and backward, for the projections you choose."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fused_lora._version import __version__
 from fused_lora.binary import FusedLoRAWarning
@@ -34,6 +34,10 @@ __all__ = [
     "unmerge",
     "use_path",
 ]
+
+
+if TYPE_CHECKING:
+    from fused_lora.peft_layers import fuse, unfuse
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import nn
 from fused_lora import paths
 from fused_lora._version import __version__
 from fused_lora.binary import BINARY
+from fused_lora.layer import LoRASettings
 from fused_lora.swap import add_lora, remove_lora
 from fused_lora.targets import ROLES, inventory
 
@@ -67,6 +67,7 @@ def info() -> str:
 
 def describe_targets(directory: Path, r: int) -> str:
     """A table of the target sets on the model that `directory` configures; no weights are read."""
+    LoRASettings(r=r)  # what is wrong with r is not a matter of the targets
     model = _meta_model(directory)
     lines = [f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, r={r}"]
     lines.append(f"{'targets':<12}{'linears':>9}{'trained':>14}{'share':>10}")
@@ -96,10 +97,10 @@ def _meta_model(directory: Path) -> nn.Module:
         raise FileNotFoundError(f"{directory} holds no config.json")
     try:
         config: Any = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        names = config.architectures or []
+        kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        with torch.device("meta"):
+            model: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
+    except Exception as error:  # of many kinds: whatever the file's values run into
         raise ValueError(f"{directory / 'config.json'}: {error}") from error
-    names = config.architectures or []
-    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    with torch.device("meta"):
-        model: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
     return model

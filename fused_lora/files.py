@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.layer import LoRALinear, LoRASettings, linear_features, obstacle
-from fused_lora.swap import _freeze, lora_layers, set_adapter
+from fused_lora.layer import LoRALinear, LoRASettings, check_adapter, linear_features, obstacle
+from fused_lora.swap import demand_unmerged, freeze, lora_layers, set_adapter
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -31,7 +31,9 @@ _UNSUPPORTED = (
     *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
     *("velora_config", "monteclora_config", "kasa_config"),
 )
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+# Ways to start an adapter that leave the base weights alone. The others take the adapter's start out of
+# them, so that on the plain base its matrices compute something else.
+_NEUTRAL_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class AdapterFileError(ValueError):
@@ -41,7 +43,7 @@ class AdapterFileError(ValueError):
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes one adapter of an `add_lora` model to `directory`, for PEFT and for `load_adapter`.
 
-    Files of the same names are replaced, each in one step.
+    Files of the same names are replaced, once both new ones are written.
     """
     layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.settings}
     if not layers:
@@ -54,8 +56,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     save_file = _safetensors().save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    # Both are written beside their places before either is replaced, so that a failure loses nothing.
+    partial = {name: directory / f"{name}.partial" for name in (TENSORS, CONFIG)}
+    try:
+        save_file(tensors, partial[TENSORS], metadata={"format": "pt"})
+        partial[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
+        for name, path in partial.items():
+            path.replace(directory / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -78,10 +88,12 @@ def load_adapter(
     where the files are missing or damaged, ask for what is not supported, or do not fit the model.
     """
     directory = Path(directory)
+    check_adapter(adapter_name, dtype)
+    demand_unmerged(model, "load an adapter")
     config = _read_config(directory)
     tensors = _read_tensors(directory)
     plan = _plan(model, config, tensors, adapter_name)
-    _freeze(model)
+    freeze(model)
     for name, (settings, a, b) in plan.items():
         module = model.get_submodule(name)
         layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
@@ -121,15 +133,14 @@ def _plan(
         if isinstance(module, LoRALinear):
             if adapter_name in module.settings:
                 raise ValueError(f"adapter_name: {name} has an adapter {adapter_name!r} already")
-            if module.merged:
-                raise RuntimeError("model: it is merged; unmerge it before you load an adapter")
         else:
             reason = obstacle(module)
             if reason:
                 raise AdapterFileError(f"{TENSORS}: {name} cannot carry an adapter: {reason}")
         a, b = pair["A"], pair["B"]
         in_features, out_features = linear_features(module)
-        r = _pattern(config.get("rank_pattern"), name, config["r"])
+        settings = _settings(config, name)
+        r = settings.r
         for tensor, letter, shape in ((a, "A", (r, in_features)), (b, "B", (out_features, r))):
             if tuple(tensor.shape) != shape:
                 raise AdapterFileError(
@@ -138,14 +149,30 @@ def _plan(
                 )
             if not torch.isfinite(tensor).all():
                 raise AdapterFileError(f"{TENSORS}: {name}.lora_{letter} holds values that are not finite")
-        settings = LoRASettings(
-            r,
-            _pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
-            config.get("lora_dropout") or 0.0,
-            bool(config.get("use_rslora")),
-        )
         plan[name] = (settings, a, b)
     return plan
+
+
+def _settings(config: Mapping[str, Any], name: str) -> LoRASettings:
+    """A layer's settings by PEFT's rule: the first pattern that fits the end of its path, or the default."""
+    values = {"rank_pattern": config["r"], "alpha_pattern": config["lora_alpha"]}
+    for field in values:
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{CONFIG}: {field} must be an object, got {patterns!r}")
+        for pattern, value in patterns.items():
+            try:
+                fits = re.match(rf"(.*\.)?({pattern})$", name)
+            except re.error as error:
+                raise AdapterFileError(f"{CONFIG}: {field} has a bad pattern {pattern!r}: {error}") from error
+            if fits:
+                values[field] = value
+                break
+    r, alpha = values.values()
+    try:
+        return LoRASettings(r, alpha, config.get("lora_dropout") or 0.0, bool(config.get("use_rslora")))
+    except ValueError as error:
+        raise AdapterFileError(f"{CONFIG}, for {name}: {error}") from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -164,6 +191,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for field in _UNSUPPORTED:
         if config.get(field):
             raise AdapterFileError(f"{CONFIG}: {field}={config[field]!r} is not supported")
+    if config.get("init_lora_weights") not in _NEUTRAL_STARTS:
+        start = config["init_lora_weights"]
+        raise AdapterFileError(
+            f"{CONFIG}: init_lora_weights={start!r} is not supported: it changed the base weights. Let PEFT "
+            "convert the adapter (save_pretrained's path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") != "none":
         raise AdapterFileError(f"{CONFIG}: bias={config['bias']!r} is not supported, only 'none'")
     return config
@@ -188,48 +221,50 @@ def _config(
     for name, s in settings.items():
         if (s.rslora, s.dropout) != (first.rslora, first.dropout):
             raise ValueError(f"{name} differs in rslora or dropout, which a file holds once for all layers")
-    config = getattr(model, "config", None)
-    kind = type(model).__name__
     return {
         "peft_type": "LORA",
-        "task_type": next((task for end, task in _TASKS.items() if kind.endswith(end)), None),
-        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": first.r,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
-        "rank_pattern": {name: s.r for name, s in settings.items() if s.r != first.r},
-        "alpha_pattern": {name: s.alpha for name, s in settings.items() if s.alpha != first.alpha},
+        "rank_pattern": {_whole(name): s.r for name, s in settings.items() if s.r != first.r},
+        "alpha_pattern": {_whole(name): s.alpha for name, s in settings.items() if s.alpha != first.alpha},
         "target_modules": _target_names(model, layers),
         "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
         "bias": "none",
     }
 
 
-def _target_names(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str]:
-    """The shortest ends of paths that name these layers and, by PEFT's rule, nothing else in the model."""
+def _target_names(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str] | str:
+    """The shortest ends of paths that name these layers and, by PEFT's rule, nothing else in the model; one
+    pattern of whole paths where no end tells a layer apart."""
     others = [n for n, _ in model.named_modules() if n not in layers]
     names: set[str] = set()
     for path in layers:
         parts = path.split(".")
         ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        names.add(next(e for e in ends if not any(o == e or o.endswith("." + e) for o in others)))
+        own = (end for end in ends if not any(o == end or o.endswith("." + end) for o in others))
+        name = next(own, None)
+        if name is None:
+            return "|".join(re.escape(path) for path in layers)
+        names.add(name)
     return sorted(names)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that fits the path's end."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _whole(path: str) -> str:
+    """A pattern that fits this path and not another one that ends like it."""
+    return "^" + re.escape(path)
 
 
-def _replace(path: Path, write: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what a transformers model does; None for what needs no name to be loaded."""
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
 
 
 def _safetensors() -> Any:

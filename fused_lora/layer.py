@@ -37,12 +37,13 @@ class LoRASettings:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.r != int(self.r) or self.r < 1:
+        if not _is_number(self.r) or self.r != int(self.r) or self.r < 1:
             raise ValueError(f"r must be a whole number ≥ 1, got {self.r!r}")
-        if not math.isfinite(self.alpha):
+        if not _is_number(self.alpha):
             raise ValueError(f"alpha must be finite, got {self.alpha!r}")
-        if not 0.0 <= self.dropout <= 1.0:
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {self.dropout!r}")
+        object.__setattr__(self, "r", int(self.r))  # 16.0 will do
 
     @property
     def scaling(self) -> float:
@@ -104,6 +105,9 @@ class LoRALinear(nn.Linear):
 
         linear: nn.Linear or another of PLAIN_LINEARS. Raises TypeError for anything else.
         """
+        reason = obstacle(linear)
+        if reason:
+            raise TypeError(f"linear: {reason}")
         shell = object.__new__(type(linear))
         for name, value in vars(linear).items():
             shell.__dict__[name] = copy.copy(value) if isinstance(value, dict) else value
@@ -167,8 +171,7 @@ class LoRALinear(nn.Linear):
         activate: make it the active adapter.
         """
         self._demand_unmerged("add an adapter")
-        if not name or "." in name:
-            raise ValueError(f"name must be a non-empty string without dots, got {name!r}")
+        check_adapter(name, dtype)
         if name in self.settings:
             raise ValueError(f"name: there is an adapter {name!r} already")
         if dtype is None:
@@ -184,6 +187,7 @@ class LoRALinear(nn.Linear):
 
     def reset_adapter(self, name: str) -> None:
         """Draws A anew and zeroes B (after `to_empty()`, for one)."""
+        self._demand_unmerged("reset an adapter")
         self._demand(name)
         nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[name])
@@ -327,10 +331,10 @@ class LoRALinear(nn.Linear):
             destination[prefix + "weight"] = original if keep_vars else original.detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Raised, not added to the list of what went wrong: the adapters, loaded next, must not change either.
         if self.merged and any(key.startswith(prefix) for key in state_dict):
-            error_msgs: list[str] = args[-1]
-            error_msgs.append(f"{prefix.removesuffix('.')}: the layer is merged; unmerge it before loading.")
-            return
+            name = f"{prefix.removesuffix('.')}: " if prefix else ""
+            raise RuntimeError(f"{name}the layer is merged; unmerge it before you load a state dict")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _demand(self, name: str) -> None:
@@ -341,6 +345,16 @@ class LoRALinear(nn.Linear):
     def _demand_unmerged(self, action: str) -> None:
         if self.merged:
             raise RuntimeError(f"the layer is merged: unmerge it before you {action}")
+
+
+def check_adapter(name: str, dtype: torch.dtype | None) -> None:
+    """Raises ValueError for a name or a dtype that no adapter can have."""
+    if not name or "." in name:
+        raise ValueError(f"name must be a non-empty string without dots, got {name!r}")
+    if hasattr(nn.ParameterDict, name):  # the adapters' matrices are its attributes
+        raise ValueError(f"name must not be an attribute of torch.nn.ParameterDict, got {name!r}")
+    if dtype is not None and dtype not in _FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -368,6 +382,10 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
     return (rows, columns) if PLAIN_LINEARS[_qualified(type(module))] else (columns, rows)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _qualified(kind: type) -> str:

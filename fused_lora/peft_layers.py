@@ -60,7 +60,7 @@ class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
 
     def _fusible_adapter(self) -> str | None:
         """The one active adapter, where the fused op computes what PEFT would; else None."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or base_obstacle(self.base_layer) is not None:
             return None
         active: list[str] = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or adapter_obstacle(self, active[0]) is not None:
@@ -106,15 +106,18 @@ def layer_obstacle(layer: Any) -> str | None:
         return f"a {type(layer).__module__}.{type(layer).__name__} is not PEFT's plain lora.Linear"
     if "forward" in vars(layer):
         return "its forward is overridden on the instance"
-    reason = obstacle(layer.base_layer)
+    reason = base_obstacle(layer.base_layer)
     if reason:
         return f"its base layer: {reason}"
-    if any(getattr(layer.base_layer, hooks) for hooks in _HOOKS):
-        return "its base layer has hooks"
     reasons = [adapter_obstacle(layer, name) for name in layer.lora_A]
     if reasons and all(reasons):
         return reasons[0]
     return None
+
+
+def base_obstacle(base: nn.Module) -> str | None:
+    """Why a base layer's own forward must run; None where the fused op may stand for it."""
+    return obstacle(base) or ("it has hooks" if _has_hooks(base) else None)
 
 
 def adapter_obstacle(layer: Any, name: str) -> str | None:
@@ -136,7 +139,10 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
-    for module in (lora_a, lora_b, dropout):
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return f"adapter {name!r} has hooks"
+    if any(_has_hooks(module) for module in (lora_a, lora_b, dropout)):
+        return f"adapter {name!r} has hooks"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)

@@ -7,6 +7,8 @@ It is what every other path is tested against, and what serves where there is no
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +53,7 @@ def lora_delta(
     if dropout_p > 0.0:
         assert seed is not None
         _, scale = dropout_rule(dropout_p)
-        mask = dropout_mask(seed, x[..., 0].numel(), x.shape[-1], dropout_p)
+        mask = dropout_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], dropout_p)
         x_hat = x_hat * mask.reshape(x.shape) * scale
     h = scaling * F.linear(x_hat, lora_a)
     return F.linear(h, lora_b)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from fused_lora.layer import LoRALinear, LoRASettings
+from fused_lora.layer import LoRALinear, LoRASettings, check_adapter
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Targets, select
 
@@ -41,13 +41,13 @@ def add_lora(
     The layers are changed in place (LoRALinear.adopt): hooks, ties and references to them stay valid.
     """
     settings = LoRASettings(r, alpha, dropout, rslora)
+    check_adapter(adapter_name, dtype)
     selection = select(model, targets)
     for name, module in selection.chosen.items():
         if isinstance(module, LoRALinear) and adapter_name in module.settings:
             raise ValueError(f"adapter_name: {name} has an adapter {adapter_name!r} already")
-    if any(layer.merged for layer in lora_layers(model).values()):
-        raise RuntimeError("model: it is merged; unmerge it before you add an adapter")
-    _freeze(model)
+    demand_unmerged(model, "add an adapter")
+    freeze(model)
     report = Report(
         f"adapter {adapter_name!r} (r={r}, alpha={alpha:g}, dropout={dropout:g})", skipped=selection.skipped
     )
@@ -69,16 +69,16 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
     layers = lora_layers(model)
     if not layers:
         raise ValueError("model: no layer of it has an adapter")
-    for layer in layers.values():
-        if merge and not layer.merged:
-            layer.merge()
-        elif not merge and layer.merged:
-            layer.unmerge()
+    if merge:
+        _merge_all(layer for layer in layers.values() if not layer.merged)
+    else:
+        unmerge(model)
     for layer in layers.values():
         layer.release()
-    trained: frozenset[str] = model.__dict__.pop(_TRAINED, frozenset())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    trained: frozenset[str] | None = model.__dict__.pop(_TRAINED, None)
+    if trained is not None:  # a model that was built of LoRALinears was never frozen by add_lora
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
     return model
 
 
@@ -86,6 +86,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Makes `adapter_name` the active adapter wherever a layer has it, and the only one that trains.
     Layers without it add nothing."""
     layers = _demand(model, adapter_name)
+    demand_unmerged(model, "switch adapters")
     for layer in layers.values():
         layer.set_adapter(adapter_name if adapter_name in layer.settings else [])
         for name in layer.settings:
@@ -95,16 +96,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 def merge(model: nn.Module) -> None:
     """Adds every layer's active adapters to its weight; see LoRALinear.merge. All layers or none."""
-    done: list[LoRALinear] = []
-    try:
-        for layer in _demand(model).values():
-            layer.merge()
-            if layer.merged:
-                done.append(layer)
-    except Exception:
-        for layer in done:
-            layer.unmerge()
-        raise
+    _merge_all(_demand(model).values())
 
 
 def unmerge(model: nn.Module) -> None:
@@ -118,9 +110,8 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is the frozen model alone."""
     layers = list(_demand(model).values())
+    demand_unmerged(model, "disable its adapters")
     before = [layer.enabled for layer in layers]
-    if any(layer.merged for layer in layers):
-        raise RuntimeError("model: it is merged; unmerge it before you disable its adapters")
     for layer in layers:
         layer.enabled = False
     try:
@@ -135,11 +126,31 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def _freeze(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
+    """Lets nothing of the model train, and remembers for `remove_lora` what did."""
     if _TRAINED not in vars(model):
         trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
         setattr(model, _TRAINED, trained)
     model.requires_grad_(False)
+
+
+def demand_unmerged(model: nn.Module, action: str) -> None:
+    """Raises RuntimeError where a layer is merged: what changes many layers is refused before the first."""
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise RuntimeError(f"model: it is merged; unmerge it before you {action}")
+
+
+def _merge_all(layers: Iterable[LoRALinear]) -> None:
+    done: list[LoRALinear] = []
+    try:
+        for layer in layers:
+            layer.merge()
+            if layer.merged:  # one without an active adapter has nothing to merge
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def _demand(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRALinear]:

@@ -95,7 +95,7 @@ def select(model: nn.Module, targets: Targets) -> Selection:
             if not fits(path):
                 continue
             found = True
-            _file(path, module, selection)
+            _file(model, path, module, selection)
         if not found:
             raise ValueError(f"targets: {label!r} names nothing in this model. It has:\n{inventory(model)}")
     if not selection.chosen:
@@ -152,15 +152,20 @@ def _has_role(roles: Sequence[str], path: str) -> bool:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module | tuple[int, ...]]]:
     """Paths that a target may name: modules without children, and stacks of experts' weights, which are
     3-D parameters and no modules at all (given by their shape)."""
+    inside: set[nn.Module] = set()  # of LoRALinears: their own parts are nobody's targets
     for path, module in model.named_modules():
+        if module in inside:
+            continue
+        if isinstance(module, LoRALinear):
+            inside.update(module.children())
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
+            if parameter.dim() == 3 and role_of(f"{path}.{name}"):
                 yield f"{path}.{name}", tuple(parameter.shape)
         if isinstance(module, LoRALinear) or not any(True for _ in module.children()):
             yield path, module
 
 
-def _file(path: str, module: nn.Module | tuple[int, ...], selection: Selection) -> None:
+def _file(model: nn.Module, path: str, module: nn.Module | tuple[int, ...], selection: Selection) -> None:
     if path in selection.chosen or any(skip.name == path for skip in selection.skipped):
         return
     if isinstance(module, tuple):
@@ -170,6 +175,8 @@ def _file(path: str, module: nn.Module | tuple[int, ...], selection: Selection) 
         )
         return
     reason = None if isinstance(module, LoRALinear) else obstacle(module)
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        reason = "torch's encoder layer, in evaluation, reads its weight past the module"
     if reason:
         selection.skipped.append(Skipped(path, reason))
     else:

@@ -55,7 +55,7 @@ bool is_half(at::ScalarType dtype) {
 // `rows` is the operand that the caller streams: x in forward, dy in backward.
 void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
                     const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
-                    const std::optional<Tensor>& seed, bool round_adapters) {
+                    const std::optional<Tensor>& seed) {
   TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
                     " must have at least 1 dimension, got shape ", rows.sym_sizes());
   check_matrix(weight, "weight", "out_features×in_features");
@@ -90,17 +90,14 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
     check_seed("lora_linear", *seed);
     check_device(*seed, "seed", rows, name);
   }
-  TORCH_CHECK_VALUE(!round_adapters || is_half(dtype) || adapter == dtype,
-                    "lora_linear: round_adapters needs ", name, " in a 16-bit dtype, got ",
-                    dtype_name(dtype));
 }
 
 }  // namespace
 
 void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                        const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
-                       const std::optional<Tensor>& seed, bool round_adapters) {
-  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed, round_adapters);
+                       const std::optional<Tensor>& seed) {
+  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed);
   check_size(x, "x", -1, "in_features", weight.sym_size(1), "weight");
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
@@ -115,7 +112,7 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
                         const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& h,
                         double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
                         const std::array<bool, 5>& needed) {
-  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed, round_adapters);
+  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed);
   check_size(dy, "dy", -1, "out_features", weight.sym_size(0), "weight");
   if (needed[1] || needed[2]) {
     TORCH_CHECK_VALUE(x.has_value(), "lora_linear: x must be given for dweight and dlora_a");

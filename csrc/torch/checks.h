@@ -11,8 +11,7 @@ namespace fused_lora::checks {
 
 void forward_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                       double dropout_p, const std::optional<at::Tensor>& seed,
-                       bool round_adapters);
+                       double dropout_p, const std::optional<at::Tensor>& seed);
 
 // x and h may be missing where no gradient in `needed` is made of them.
 void backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x,

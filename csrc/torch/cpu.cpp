@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
                                    const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                                    double dropout_p, const OptionalTensor& seed,
                                    bool round_adapters) {
-  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, round_adapters);
+  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
   return composed::forward(x, weight, lora_a, lora_b, bias, scaling,
                            composed::Dropout(dropout_p, seed, cpu::dropout_mask), round_adapters);
 }

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
                                    const Tensor& lora_b, const OptionalTensor& bias, double,
                                    double dropout_p, const OptionalTensor& seed,
                                    bool round_adapters) {
-  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, round_adapters);
+  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   c10::SymInt rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows = rows * sizes[d];
