@@ -48,6 +48,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.settings}
     if not layers:
         raise KeyError(f"no adapter {adapter_name!r} in this model")
+    if "" in layers:
+        raise ValueError("model: it is the adapted layer itself, which has no path that a file could name")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().contiguous()
@@ -150,6 +152,11 @@ def _plan(
             if not torch.isfinite(tensor).all():
                 raise AdapterFileError(f"{TENSORS}: {name}.lora_{letter} holds values that are not finite")
         plan[name] = (settings, a, b)
+    for name in _targeted(model, config):
+        if name not in pairs:
+            raise AdapterFileError(
+                f"{TENSORS}: {CONFIG} has {name} in target_modules, and its tensors are missing"
+            )
     return plan
 
 
@@ -173,6 +180,18 @@ def _settings(config: Mapping[str, Any], name: str) -> LoRASettings:
         return LoRASettings(r, alpha, config.get("lora_dropout") or 0.0, bool(config.get("use_rslora")))
     except ValueError as error:
         raise AdapterFileError(f"{CONFIG}, for {name}: {error}") from error
+
+
+def _targeted(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """The linears that the configuration names, by PEFT's rule; none where it narrows the names further."""
+    targets = config.get("target_modules")
+    narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    if not isinstance(targets, (str, list)) or any(config.get(field) for field in narrowed):
+        return []
+    linears = (n for n, m in model.named_modules() if isinstance(m, LoRALinear) or obstacle(m) is None)
+    if isinstance(targets, str):
+        return [name for name in linears if re.fullmatch(targets, name)]
+    return [name for name in linears if any(name == t or name.endswith("." + t) for t in targets)]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

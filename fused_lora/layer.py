@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ class LoRALinear(nn.Linear):
 
     weight and bias are nn.Linear's own, under the same names; adapters hold lora_A[name] (r×in_features)
     and lora_B[name] (out_features×r). The arguments after dtype add a first adapter where r is given.
+
+    Whether weight and bias train is left as it is; `add_lora` freezes them.
 
     While merged the adapters are part of `weight`, and the original Parameter is kept aside until
     `unmerge()` puts it back, the same object, bit for bit. That costs one more weight per merged layer.
@@ -351,7 +354,7 @@ def check_adapter(name: str, dtype: torch.dtype | None) -> None:
     """Raises ValueError for a name or a dtype that no adapter can have."""
     if not name or "." in name:
         raise ValueError(f"name must be a non-empty string without dots, got {name!r}")
-    if hasattr(nn.ParameterDict, name):  # the adapters' matrices are its attributes
+    if hasattr(nn.ParameterDict(), name):  # the adapters' matrices are its attributes
         raise ValueError(f"name must not be an attribute of torch.nn.ParameterDict, got {name!r}")
     if dtype is not None and dtype not in _FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
@@ -385,7 +388,7 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _qualified(kind: type) -> str:

@@ -32,7 +32,8 @@ def lora_linear(
 ) -> Tensor:
     """x: …×in, weight: out×in, lora_a: r×in, lora_b: out×r, bias: out. Returns …×out in x's dtype."""
     # Under autocast torch brings the operands of its own linear together; nothing is to be compared here.
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         check_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed)
     y = F.linear(x, weight, bias)
     delta = lora_delta(x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed)

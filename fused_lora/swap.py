@@ -75,10 +75,17 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
         unmerge(model)
     for layer in layers.values():
         layer.release()
-    trained: frozenset[str] | None = model.__dict__.pop(_TRAINED, None)
-    if trained is not None:  # a model that was built of LoRALinears was never frozen by add_lora
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+    # Each call of add_lora left its note on the model, or the part of it, that it was given.
+    seen, trained = set(), set()
+    for part in model.modules():
+        names = part.__dict__.pop(_TRAINED, None)
+        if names is not None:
+            for name, parameter in part.named_parameters():
+                seen.add(parameter)
+                if name in names:
+                    trained.add(parameter)
+    for parameter in seen:
+        parameter.requires_grad_(parameter in trained)
     return model
 
 

@@ -28,7 +28,9 @@ from fused_lora.layer import LoRALinear, linear_features, obstacle
 ROLES: dict[str, tuple[str, ...]] = {
     "qkv": (
         *("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, GPT-J, CLIP, BART, ViT
-        *("qkv_proj", "query_key_value", "attn.c_attn"),  # Phi-3; GPT-NeoX, Falcon, BLOOM; GPT-2
+        *("qkv_proj", "query_key_value", "Wqkv"),  # Phi-3; GPT-NeoX, Falcon, BLOOM; MPT, ModernBERT
+        *("attn.c_attn", "crossattention.c_attn", "crossattention.q_attn"),  # GPT-2
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek's latent attention
         *("self.query", "self.key", "self.value"),  # BERT, RoBERTa
         *("attention.query", "attention.key", "attention.value"),  # ViT before transformers 5
         *("q_lin", "k_lin", "v_lin"),  # DistilBERT
@@ -39,16 +41,17 @@ ROLES: dict[str, tuple[str, ...]] = {
         *("o_proj", "attn.out_proj", "attn.c_proj", "attn.dense"),  # Llama…; OPT, GPT-J; GPT-2; Phi
         *("attention.dense", "attention.output.dense"),  # GPT-NeoX, Falcon, BLOOM; BERT
         *("out_lin", "SelfAttention.o", "EncDecAttention.o"),  # DistilBERT; T5
+        *("attention.out_proj", "crossattention.c_proj", "attn.Wo"),  # GPT-Neo; GPT-2; ModernBERT
     ),
     "fc1": (
         *("gate_proj", "up_proj", "gate_up_proj", "fc1"),  # Llama…; Phi-3; Phi, OPT, CLIP, ViT
         *("mlp.c_fc", "dense_h_to_4h", "intermediate.dense"),  # GPT-2; GPT-NeoX, Falcon, BLOOM; BERT
-        *("mlp.fc_in", "ffn.lin1"),  # GPT-J; DistilBERT
+        *("mlp.fc_in", "ffn.lin1", "mlp.Wi"),  # GPT-J; DistilBERT; ModernBERT
         *("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1"),  # T5
     ),
     "fc2": (
         *("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "output.dense"),
-        *("mlp.fc_out", "ffn.lin2", "DenseReluDense.wo"),
+        *("mlp.fc_out", "ffn.lin2", "DenseReluDense.wo", "mlp.Wo"),
     ),
 }
 
@@ -97,7 +100,17 @@ def select(model: nn.Module, targets: Targets) -> Selection:
             found = True
             _file(model, path, module, selection)
         if not found:
-            raise ValueError(f"targets: {label!r} names nothing in this model. It has:\n{inventory(model)}")
+            raise ValueError(
+                f"targets: {label!r} names nothing in this model. It has:\n{inventory(model)}\n"
+                f"A target is made of {', '.join(ROLES)} and all, joined by '+', or a list of path ends, "
+                "or a pattern of whole paths."
+            )
+        if label == "all":
+            known = {
+                role_of(path) for path in [*selection.chosen, *(skip.name for skip in selection.skipped)]
+            }
+            for role in ROLES.keys() - known:
+                selection.skipped.append(Skipped(role, "no path of this model is known by this role"))
     if not selection.chosen:
         reasons = "\n".join(sorted({f"  {skip.name}: {skip.reason}" for skip in selection.skipped}))
         raise ValueError(f"targets: nothing that {targets!r} names can carry an adapter:\n{reasons}")
@@ -128,7 +141,7 @@ def _parts(targets: Targets) -> Iterator[tuple[str, Callable[[str], bool]]]:
         for end in targets:
             yield end, partial(_ends_with, end)
         return
-    roles = targets.split("+")
+    roles = [part.strip() for part in targets.split("+")]
     if all(role in ROLES or role == "all" for role in roles):
         for role in roles:
             yield role, partial(_has_role, tuple(ROLES) if role == "all" else (role,))
