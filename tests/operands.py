@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ class Operands:
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Any, Any, Any, Any, Any]:
         return self.x, self.weight, self.lora_a, self.lora_b, self.bias
 
     def double(self) -> Operands:
@@ -54,7 +55,7 @@ def operands(
         return (torch.randn(*shape, generator=generator, dtype=F64) * scale).to(dtype)
 
     adapter_dtype = adapter_dtype or dtype
-    options: dict[str, object] = {"scaling": scaling, "dropout_p": dropout_p}
+    options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p}
     if dropout_p > 0:
         options["seed"] = torch.tensor([key + 77])
     return Operands(
@@ -90,7 +91,7 @@ def torch_sequence(
 
 def forward_and_backward(op, given: Operands, needs=("x", "lora_a", "lora_b"), dy: Tensor | None = None):
     """(y, {name: gradient}) of `op` on fresh leaves made of the operands."""
-    leaves = {
+    leaves: dict[str, Any] = {
         name: None if tensor is None else tensor.detach().requires_grad_(name in needs)
         for name, tensor in zip(GRADIENTS, given.tensors, strict=True)
     }
