@@ -252,7 +252,7 @@ def _config(
         "rank_pattern": {_whole(name): s.r for name, s in settings.items() if s.r != first.r},
         "alpha_pattern": {_whole(name): s.alpha for name, s in settings.items() if s.alpha != first.alpha},
         "target_modules": _target_names(model, layers),
-        "fan_in_fan_out": any(layer._transposed for layer in layers.values()),
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
         "bias": "none",
     }
 

@@ -72,7 +72,7 @@ class LoRALinear(nn.Linear):
     _enabled: bool
     _unmerged_weight: nn.Parameter | None
     _base_class: type[nn.Module]
-    _transposed: bool
+    fan_in_fan_out: bool  # weight is stored in_features×out_features, as Conv1D stores it
 
     def __init__(
         self,
@@ -138,18 +138,18 @@ class LoRALinear(nn.Linear):
         self._unmerged_weight = None
         for name in ("lora_A", "lora_B"):
             del self._modules[name]
-        if self._transposed:
+        if self.fan_in_fan_out:
             del self.in_features, self.out_features
         base_class = self._base_class
-        for name in ("settings", "_active", "_enabled", "_unmerged_weight", "_base_class", "_transposed"):
+        for name in ("settings", "_active", "_enabled", "_unmerged_weight", "_base_class", "fan_in_fan_out"):
             del self.__dict__[name]
         self.__class__ = base_class  # type: ignore[assignment]
         return self
 
     def _begin(self, base_class: type[nn.Module]) -> None:
         self._base_class = base_class
-        self._transposed = PLAIN_LINEARS[_qualified(base_class)]
-        if self._transposed:
+        self.fan_in_fan_out = _stores_transposed(base_class)
+        if self.fan_in_fan_out:
             self.in_features, self.out_features = self.weight.shape
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -237,7 +237,7 @@ class LoRALinear(nn.Linear):
         delta: Tensor = self.settings[name].scaling * (
             self.lora_B[name].to(wide) @ self.lora_A[name].to(wide)
         )
-        return delta.t() if self._transposed else delta
+        return delta.t() if self.fan_in_fan_out else delta
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -272,7 +272,7 @@ class LoRALinear(nn.Linear):
         if self._unmerged_weight is not None or not self._enabled or not self._active:
             y: Tensor = self._base_class.forward(self, x)
             return y
-        weight = self.weight.t() if self._transposed else self.weight
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         if len(self._active) == 1:
             (name,) = self._active
             settings = self.settings[name]
@@ -384,7 +384,18 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape
-    return (rows, columns) if PLAIN_LINEARS[_qualified(type(module))] else (columns, rows)
+    return (rows, columns) if _stores_transposed(type(module)) else (columns, rows)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A plain linear's weight as out_features×in_features, a view where it is stored otherwise."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.t() if _stores_transposed(type(module)) else weight
+
+
+def _stores_transposed(kind: type[nn.Module]) -> bool:
+    return PLAIN_LINEARS[_qualified(kind)]
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.layer import PLAIN_LINEARS, _qualified, obstacle
+from fused_lora.layer import obstacle, weight_of
 from fused_lora.ops import lora_linear
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
@@ -34,10 +34,9 @@ class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
             return y
         base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         dropout = self.lora_dropout[name]
-        transposed = PLAIN_LINEARS[_qualified(type(base))]
         return lora_linear(
             x,
-            base.weight.t() if transposed else base.weight,
+            weight_of(base),
             lora_a,
             lora_b,
             base.bias,

@@ -115,7 +115,7 @@ def test_merging_rounds_once_from_float32(linear, dtype):
     total = layer.weight.float()
     for name, scaling in (("first", 8.0), ("second", 2.5)):
         delta = scaling * (layer.lora_B[name] @ layer.lora_A[name])
-        total = total + (delta.t() if isinstance(linear, Conv1D) or layer._transposed else delta)
+        total = total + (delta.t() if layer.fan_in_fan_out else delta)
     layer.merge()
     assert torch.equal(layer.weight, total.to(dtype))
 
