@@ -59,13 +59,17 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
                                      has_bias && ctx->needs_input_grad(4)};
 
     // Grad mode is on in a backward only where its own graph is wanted (create_graph).
-    auto [dx, dweight, da, db, dbias] =
-        at::GradMode::is_enabled()
-            ? composed::differentiable_backward(grads[0], x, weight, lora_a, lora_b, scaling,
-                                                composed::Dropout(dropout_p, seed, draw_mask),
-                                                round_adapters, needed)
-            : ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
-                                        seed, round_adapters, needed);
+    const auto gradients = [&] {
+      if (at::GradMode::is_enabled()) {
+        return composed::differentiable_backward(grads[0], x, weight, lora_a, lora_b, scaling,
+                                                 composed::Dropout(dropout_p, seed, draw_mask),
+                                                 round_adapters, needed);
+      }
+      at::AutoDispatchBelowADInplaceOrView guard;  // past a boxed fallback that has nothing to do
+      return ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
+                                       seed, round_adapters, needed);
+    };
+    const auto [dx, dweight, da, db, dbias] = gradients();
     return {dx, dweight, da, db, dbias, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
