@@ -276,11 +276,14 @@ class LoRALinear(nn.Linear):
         if len(self._active) == 1:
             (name,) = self._active
             settings = self.settings[name]
+            # Past the attribute lookups of Module and ParameterDict: four of them take 5 µs, which is
+            # a third of what the op itself takes on a small layer.
+            modules = self._modules
             return lora_linear(
                 x,
                 weight,
-                self.lora_A[name],
-                self.lora_B[name],
+                modules["lora_A"]._parameters[name],  # type: ignore[union-attr, arg-type]
+                modules["lora_B"]._parameters[name],  # type: ignore[union-attr, arg-type]
                 self.bias,
                 scaling=settings.scaling,
                 dropout_p=settings.dropout,
