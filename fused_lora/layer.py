@@ -384,10 +384,8 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a plain linear or a LoRALinear."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if _stores_transposed(type(module)) else (columns, rows)
+    out_features, in_features = weight_of(module).shape
+    return in_features, out_features
 
 
 def weight_of(module: nn.Module) -> Tensor:
