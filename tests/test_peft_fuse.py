@@ -255,9 +255,12 @@ def test_unfused_runs_pefts_own_forward(calls):
 
 
 def test_saved_files_are_the_same_byte_for_byte(tmp_path):
-    plain = adapted(modules_to_save=["lm_head"])
-    plain.save_pretrained(tmp_path / "plain")
-    fused_twin(plain).save_pretrained(tmp_path / "fused")
+    # One model before and after, not a copy: PEFT writes its sets of names in their iteration order,
+    # which a copied set need not share.
+    model = adapted(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "plain")
+    fuse(model)
+    model.save_pretrained(tmp_path / "fused")
     names = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names)
     assert names == sorted(path.name for path in (tmp_path / "fused").iterdir())
