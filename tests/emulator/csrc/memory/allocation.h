@@ -1,0 +1,70 @@
+// One allocation of global memory: pages that come to be when they are touched.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "memory/device_memory.h"
+
+namespace emulator {
+
+constexpr uint64_t kPageBytes = 4096;
+
+struct Page {
+  static constexpr uint8_t kUndefined = 1;
+  static constexpr uint8_t kInaccessible = 2;
+
+  std::array<uint8_t, kPageBytes> data{};
+  std::array<uint8_t, kPageBytes> flags{};
+
+  // Who touched a pair of bytes in the current launch (races/global_races.h), and which bytes were read
+  // and written in it; made at the first access by a kernel.
+  struct Trace {
+    int launch = -1;
+    std::array<uint64_t, kPageBytes / 2> writer;
+    std::array<std::array<uint64_t, 2>, kPageBytes / 2> readers;
+    std::array<uint64_t, kPageBytes / 64> read, written;  // a bit for each byte
+  };
+  std::unique_ptr<Trace> trace;
+  Trace& trace_of(int launch);
+};
+
+class Allocation {
+ public:
+  Allocation(uint64_t address, uint64_t bytes, std::string name)
+      : address(address), bytes(bytes), name(std::move(name)), pages_((bytes + kPageBytes - 1) / kPageBytes) {}
+
+  const uint64_t address;
+  const uint64_t bytes;
+  std::string name;
+  // Of the current launch.
+  int launch = -1;
+  uint64_t bytes_read = 0, bytes_written = 0;
+
+  bool inside(uint64_t at, uint64_t count) const {
+    return at >= address && at - address <= bytes && count <= bytes - (at - address);
+  }
+  // The page that holds byte `offset` of the allocation.
+  Page& page(uint64_t offset) {
+    std::unique_ptr<Page>& page = pages_[offset / kPageBytes];
+    if (!page) page = make_page(offset / kPageBytes);
+    return *page;
+  }
+  Page* page_if_touched(uint64_t index) const { return pages_[index].get(); }
+  uint64_t pages() const { return pages_.size(); }
+  void restrict(const View& view);
+  void count(int launch, uint64_t bytes, bool write);
+
+ private:
+  std::unique_ptr<Page> make_page(uint64_t index) const;
+  void apply_view(uint64_t index, Page* page) const;
+
+  std::vector<std::unique_ptr<Page>> pages_;
+  bool restricted_ = false;
+  View view_;
+};
+
+}  // namespace emulator

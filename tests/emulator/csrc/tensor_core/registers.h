@@ -1,0 +1,144 @@
+// A warp's registers as the matrices of fragments.h, and back, with what is undefined in them: an
+// undefined element of A makes its row of D undefined, one of B its column, one of C itself.
+#pragma once
+
+#include <bitset>
+#include <cstdint>
+#include <string>
+
+#include "core/block.h"
+#include "core/warp.h"
+#include "runtime/machine.h"
+#include "tensor_core/formats.h"
+#include "tensor_core/fragments.h"
+#include "tensor_core/multiply.h"
+
+namespace emulator {
+
+// Elements of D (16×n), numbered row by row.
+template <int kColumns>
+using TileSet = std::bitset<static_cast<size_t>(kTileRows) * kColumns>;
+
+// These instructions are defined for whole warps only (.sync.aligned); anything less is a finding.
+inline bool whole_warp(Warp& warp, const Step& step, LaneMask active) {
+  if (active == kAllLanes) return true;
+  warp.report(Check::Convergence, step, first_lane(active),
+              "only " + std::to_string(count(active)) +
+                  " of the warp's 32 lanes run an instruction that takes all of them");
+  return false;
+}
+
+inline Summation summation_of(const Block& block) {
+  return block.settings().truncating_tensor_cores ? Summation::truncating(block.limits().major)
+                                                  : Summation{};
+}
+
+// Reads A (16×k); the result has a bit for each row with something undefined in it.
+template <TensorFormat format>
+uint32_t load_a(const Warp& warp, const Slot* slots, int k, float* a) {
+  constexpr int kPacked = 4 / bytes_of(format);
+  uint32_t undefined = 0;
+  for (int r = 0; r < a_registers(bytes_of(format), k); ++r) {
+    const uint32_t* lanes = warp.lanes<uint32_t>(slots[r]);
+    for (int l = 0; l < kLanes; ++l) {
+      for (int i = 0; i < kPacked; ++i) {
+        const Element at = a_element(bytes_of(format), l, r * kPacked + i);
+        a[at.row * k + at.column] = operand_value<format>(lanes[l] >> (16 * i));
+      }
+    }
+    for_each_lane(warp.tainted(slots[r]), [&](int l) {
+      undefined |= 1u << a_element(bytes_of(format), l, r * kPacked).row;
+    });
+  }
+  return undefined;
+}
+
+// Reads B (k×8); the result has a bit for each column.
+template <TensorFormat format>
+uint32_t load_b(const Warp& warp, const Slot* slots, int k, float* b) {
+  constexpr int kPacked = 4 / bytes_of(format);
+  uint32_t undefined = 0;
+  for (int r = 0; r < b_registers(bytes_of(format), k); ++r) {
+    const uint32_t* lanes = warp.lanes<uint32_t>(slots[r]);
+    for (int l = 0; l < kLanes; ++l) {
+      for (int i = 0; i < kPacked; ++i) {
+        const Element at = b_element(bytes_of(format), l, r * kPacked + i);
+        b[at.row * kBlockColumns + at.column] = operand_value<format>(lanes[l] >> (16 * i));
+      }
+    }
+    for_each_lane(warp.tainted(slots[r]), [&](int l) {
+      undefined |= 1u << b_element(bytes_of(format), l, r * kPacked).column;
+    });
+  }
+  return undefined;
+}
+
+// Reads C (16×n), fp32 or packed fp16.
+template <bool half, int kColumns>
+void load_accumulator(const Warp& warp, const Slot* slots, int n, float* c,
+                      TileSet<kColumns>* undefined) {
+  constexpr int kPacked = half ? 2 : 1;
+  constexpr uint32_t kValueBits = half ? 0xffff : ~0u;
+  for (int r = 0; r < accumulator_registers(half, n); ++r) {
+    const uint32_t* lanes = warp.lanes<uint32_t>(slots[r]);
+    for (int l = 0; l < kLanes; ++l) {
+      for (int i = 0; i < kPacked; ++i) {
+        const Element at = accumulator_element(l, r * kPacked + i);
+        c[at.row * n + at.column] =
+            half ? decode<Binary16>(static_cast<uint16_t>(lanes[l] >> (16 * i)))
+                 : bit_cast<float>(lanes[l]);
+      }
+    }
+    for_each_lane(warp.tainted(slots[r]), [&](int l) {
+      const uint32_t bits = warp.undefined_of<uint32_t>(slots[r], l);
+      for (int i = 0; i < kPacked; ++i) {
+        if ((bits >> (16 * i) & kValueBits) == 0) continue;
+        const Element at = accumulator_element(l, r * kPacked + i);
+        undefined->set(static_cast<size_t>(at.row * n + at.column));
+      }
+    });
+  }
+}
+
+// Writes D (16×n).
+template <bool half, int kColumns>
+void store_accumulator(Warp& warp, const Slot* slots, int n, const float* d,
+                       const TileSet<kColumns>& undefined) {
+  constexpr int kPacked = half ? 2 : 1;
+  constexpr uint32_t kValueBits = half ? 0xffff : ~0u;
+  const bool any = undefined.any();
+  for (int r = 0; r < accumulator_registers(half, n); ++r) {
+    uint32_t lanes[kLanes] = {};
+    for (int l = 0; l < kLanes; ++l) {
+      for (int i = 0; i < kPacked; ++i) {
+        const Element at = accumulator_element(l, r * kPacked + i);
+        const float value = d[at.row * n + at.column];
+        lanes[l] |=
+            half ? uint32_t{encode<Binary16>(value)} << (16 * i) : bit_cast<uint32_t>(value);
+      }
+    }
+    warp.store(slots[r], lanes, kAllLanes);
+    if (!any) continue;
+    for (int l = 0; l < kLanes; ++l) {
+      uint32_t bits = 0;
+      for (int i = 0; i < kPacked; ++i) {
+        const Element at = accumulator_element(l, r * kPacked + i);
+        if (undefined[static_cast<size_t>(at.row * n + at.column)]) bits |= kValueBits << (16 * i);
+      }
+      warp.set_undefined(slots[r], l, bits);
+    }
+  }
+}
+
+// Adds whole rows and columns; `is_undefined(column)` tells of B.
+template <int kColumns, class Columns>
+void spread_undefined(uint32_t rows, Columns is_undefined, int n, TileSet<kColumns>* undefined) {
+  for (int column = 0; column < n; ++column) {
+    const bool whole = is_undefined(column);
+    for (int row = 0; row < kTileRows; ++row) {
+      if (whole || (rows >> row & 1) != 0) undefined->set(static_cast<size_t>(row * n + column));
+    }
+  }
+}
+
+}  // namespace emulator

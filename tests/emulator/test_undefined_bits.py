@@ -1,0 +1,183 @@
+"""Which bits of a result are undefined.
+
+Undefined bits of the sources stand for every value that they could have. A bit of the result that these
+values change must be undefined, or a use of uninitialised data would pass unseen; where the ISA's operation
+moves or combines bits one by one, no other bit may be, or correct programs would be accused.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.emulator.single import apply, undefined_bits
+
+Source = tuple[int, int, int]  # width, value, undefined bits
+
+
+def completions(source: Source) -> list[int]:
+    """The values that the source may have."""
+    _, value, undefined = source
+    places = [i for i in range(64) if undefined >> i & 1]
+    base = value & ~undefined
+    return [
+        base | sum(bit << i for bit, i in zip(bits, places, strict=True))
+        for bits in itertools.product((0, 1), repeat=len(places))
+    ]
+
+
+def changing_bits(instruction: str, width: int, *sources: Source) -> int:
+    rows = list(itertools.product(*(completions(source) for source in sources)))
+    columns = [
+        np.array(column, f"uint{source[0]}")
+        for column, source in zip(zip(*rows, strict=True), sources, strict=True)
+    ]
+    results = apply(instruction, f"uint{width}", *columns)
+    return int(np.bitwise_or.reduce(results) & ~np.bitwise_and.reduce(results))
+
+
+def source(width: int) -> st.SearchStrategy[Source]:
+    """Any value with up to four undefined bits, which are more often together than apart."""
+    value = st.integers(0, (1 << width) - 1) | st.sampled_from([0, 1, (1 << width) - 1, 1 << width - 1])
+    apart = st.sets(st.integers(0, width - 1), max_size=4).map(lambda places: sum(1 << i for i in places))
+    together = st.builds(
+        lambda n, at: ((1 << n) - 1 << at) & (1 << width) - 1, st.integers(1, 4), st.integers(0, width - 1)
+    )
+    return st.tuples(st.just(width), value, st.just(0) | apart | together)
+
+
+def defined(width: int, values: list[int]) -> st.SearchStrategy[Source]:
+    return st.tuples(st.just(width), st.sampled_from(values), st.just(0))
+
+
+AMOUNTS = [0, 1, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 100]
+
+# instruction, width of the result, sources: any bits, or an amount that is defined.
+EXACT: list[tuple[str, int, list]] = [
+    *((f"{op}.b{w} %d, %a, %b;", w, [w, w]) for op in ("and", "or", "xor") for w in (16, 32, 64)),
+    *((f"not.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
+    *((f"cnot.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
+    *((f"lop3.b32 %d, %a, %b, %c, {table};", 32, [32, 32, 32]) for table in (0x1A, 0x40, 0x96, 0xCA, 0xE8, 0xFF)),
+    *((f"{op} %d, %a, %b;", w, [w, AMOUNTS]) for w in (16, 32, 64) for op in (f"shl.b{w}", f"shr.u{w}", f"shr.s{w}")),
+    *((f"shf.{d}.{m}.b32 %d, %a, %b, %c;", 32, [32, 32, AMOUNTS]) for d in "lr" for m in ("clamp", "wrap")),
+    ("prmt.b32 %d, %a, %b, %c;", 32, [32, 32, [0x3210, 0x5410, 0x7632, 0xFBA9, 0x8888, 0x1032]]),
+    *((f"prmt.b32.{m} %d, %a, %b, %c;", 32, [32, 32, [0, 1, 2, 3]]) for m in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")),
+    *((f"brev.b{w} %d, %a;", w, [w]) for w in (32, 64)),
+    *((f"bfe.{t}{w} %d, %a, %b, %c;", w, [w, AMOUNTS, AMOUNTS]) for t in "us" for w in (32, 64)),
+    *((f"bfi.b{w} %d, %a, %b, %c, %e;", w, [w, w, AMOUNTS, AMOUNTS]) for w in (32, 64)),
+    *((f"szext.{m}.{t} %d, %a, %b;", 32, [32, AMOUNTS]) for m in ("clamp", "wrap") for t in ("u32", "s32")),
+    *((f"mov.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
+    ("mov.b32 %d, {%a, %b};", 32, [16, 16]),
+    ("mov.b64 %d, {%a, %b};", 64, [32, 32]),
+    ("{.reg .b16 %x, %y; mov.b32 {%x, %y}, %a; mov.b32 %d, {%y, %x};}", 32, [32]),
+    *((f"cvt.u{w}.{t}{v} %d, %a;", w, [v]) for w in (16, 32, 64) for v in (16, 32, 64) for t in "us"),
+    ("cvt.s8.s16 %d, %a;", 32, [16]),
+    *((f"{op}.{t} %d, %a;", w, [w]) for t, w in (("f16", 16), ("bf16x2", 32), ("f32", 32), ("f64", 64)) for op in ("neg", "abs")),
+    ("copysign.f32 %d, %a, %b;", 32, [32, 32]),
+    # Comparisons, by the single bit that they decide.
+    *((f"setp.{op}.b{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, [w, w]) for op in ("eq", "ne") for w in (16, 32, 64)),
+    *((f"setp.{op}.{t}{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, [w, w]) for op in ("lt", "le", "gt", "ge") for t in "us" for w in (16, 32, 64)),
+    ("set.lt.u32.s32 %d, %a, %b;", 32, [32, 32]),
+    ("set.ge.f32.u32 %d, %a, %b;", 32, [32, 32]),
+    *((f"setp.ne.b32 %q, %a, 0; setp.ne.b32 %r, %b, 0; {op}.pred %p, %q, %r; selp.u32 %d, 1, 0, %p;", 32, [32, 32]) for op in ("and", "or", "xor")),
+    *((f"setp.ne.b32 %r, %c, 0; setp.lt.{op}.u32 _|%q, %a, %b, !%r; selp.u32 %d, 1, 0, %q;", 32, [32, 32, 32]) for op in ("and", "or", "xor")),
+    *((f"setp.ne.b32 %p, %c, 0; selp.b{w} %d, %a, %b, %p;", w, [w, w, 32]) for w in (16, 32, 64)),
+    ("slct.b32.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("setp.gt.u32 %q, %a, 99; lop3.or.b32 _|%p, %a, %b, %c, 0xC0, %q; selp.u32 %d, 1, 0, %p;", 32, [32, 32, [0]]),
+]  # fmt: skip
+
+# Where an undefined bit may spoil more than it must, but never less.
+SAFE: list[tuple[str, int, list]] = [
+    *((f"{op} %d, %a, %b;", w, [w, w]) for w in (16, 32, 64) for op in (f"add.u{w}", f"sub.s{w}", f"mul.lo.u{w}", f"mul.hi.s{w}", f"div.u{w}", f"rem.s{w}", f"min.s{w}")),
+    *((f"mad.lo.s{w} %d, %a, %b, %c;", w, [w, w, w]) for w in (16, 32, 64)),
+    ("mul.wide.s16 %d, %a, %b;", 32, [16, 16]),
+    ("mad.wide.u32 %d, %a, %b, %c;", 64, [32, 32, 64]),
+    ("mul24.hi.u32 %d, %a, %b;", 32, [32, 32]),
+    ("sad.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("add.u16x2 %d, %a, %b;", 32, [32, 32]),
+    ("dp4a.s32.u32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("abs.s32 %d, %a;", 32, [32]),
+    ("neg.s64 %d, %a;", 64, [64]),
+    ("popc.b64 %d, %a;", 32, [64]),
+    ("clz.b32 %d, %a;", 32, [32]),
+    ("bfind.s32 %d, %a;", 32, [32]),
+    ("bmsk.clamp.b32 %d, %a, %b;", 32, [32, 32]),
+    ("fns.b32 %d, %a, %b, 1;", 32, [32, 32]),
+    ("shl.b32 %d, %a, %b;", 32, [32, 32]),
+    ("shr.s64 %d, %a, %b;", 64, [64, 32]),
+    ("shf.r.wrap.b32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("prmt.b32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("prmt.b32.f4e %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("bfe.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("bfi.b32 %d, %a, %b, %c, %c;", 32, [32, 32, 32]),
+    ("szext.wrap.s32 %d, %a, %b;", 32, [32, 32]),
+    ("add.rn.f32 %d, %a, %b;", 32, [32, 32]),
+    ("fma.rn.f16x2 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("ex2.approx.ftz.f32 %d, %a;", 32, [32]),
+    ("max.f32 %d, %a, %b;", 32, [32, 32]),
+    ("setp.lt.f32 %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, [32, 32]),
+    ("setp.neu.f16x2 %p|%q, %a, %b; selp.u32 %d, 1, 0, %q;", 32, [32, 32]),
+    ("slct.b32.f32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("testp.subnormal.f32 %p, %a; selp.u32 %d, 1, 0, %p;", 32, [32]),
+    ("cvt.sat.s16.s32 %d, %a;", 16, [32]),
+    ("cvt.rn.bf16x2.f32 %d, %a, %b;", 32, [32, 32]),
+    ("cvt.rzi.u64.f32 %d, %a;", 64, [32]),
+    ("cvt.f32.f16 %d, %a;", 32, [16]),
+    ("cvt.pack.sat.u8.s32.b32 %d, %a, %b, %c;", 32, [32, 32, 32]),
+    ("add.cc.u32 %d, %a, %b; addc.u32 %d, %c, 0;", 32, [32, 32, 32]),
+    ("cvta.shared.u64 %d, %a;", 64, [64]),
+    ("isspacep.shared %p, %a; selp.u32 %d, 1, 0, %p;", 32, [64]),
+]  # fmt: skip
+
+
+def draw(data: st.DataObject, shapes: list) -> list[Source]:
+    return [data.draw(source(shape) if isinstance(shape, int) else defined(32, shape)) for shape in shapes]
+
+
+@pytest.mark.parametrize(("instruction", "width", "shapes"), EXACT, ids=[case[0] for case in EXACT])
+@given(data=st.data())
+@settings(max_examples=10, deadline=None)
+def test_bit_by_bit(instruction, width, shapes, data):
+    sources = draw(data, shapes)
+    assert undefined_bits(instruction, width, *sources) == changing_bits(instruction, width, *sources)
+
+
+@pytest.mark.parametrize(("instruction", "width", "shapes"), SAFE, ids=[case[0] for case in SAFE])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_nothing_passes_unseen(instruction, width, shapes, data):
+    sources = draw(data, shapes)
+    undefined = undefined_bits(instruction, width, *sources)
+    assert changing_bits(instruction, width, *sources) & ~undefined == 0
+    if all(mask == 0 for _, _, mask in sources):
+        assert undefined == 0
+
+
+@pytest.mark.parametrize(
+    ("instruction", "width", "sources", "undefined"),
+    [
+        # Carries go upwards only.
+        ("add.u32 %d, %a, %b;", 32, [(32, 5, 0xFF00), (32, 1, 0)], 0xFFFFFF00),
+        ("mul.lo.u32 %d, %a, %b;", 32, [(32, 5, 0x80000000), (32, 3, 0)], 0x80000000),
+        # The halves of packed types, and of pairs, are apart.
+        ("add.u16x2 %d, %a, %b;", 32, [(32, 5, 0xFF00), (32, 1, 0)], 0xFF00),
+        ("fma.rn.bf16x2 %d, %a, %b, %a;", 32, [(32, 5, 0x10000), (32, 1, 0)], 0xFFFF0000),
+        ("cvt.rn.f16x2.f32 %d, %a, %b;", 32, [(32, 5, 1), (32, 1, 0)], 0xFFFF0000),
+        # Bits that are not looked at do no harm.
+        ("bfe.u32 %d, %a, %b, %c;", 32, [(32, 5, 0xF0), (32, 0, 0xF00), (32, 4, 0)], 0),
+        ("cvt.u16.u32 %d, %a;", 16, [(32, 5, 0xFFFF0000)], 0),
+        ("cvt.f32.f16 %d, %a;", 32, [(32, 5, 0xFFFF0000)], 0),
+        ("mul.wide.u16 %d, %a, %b;", 32, [(16, 0, 0), (16, 9, 0)], 0),
+        ("cvta.shared.u64 %d, %a;", 64, [(64, 5, 0xF0)], 0xF0),
+        # A wide register's extension is as defined as what it copies.
+        ("cvt.s8.s16 %d, %a;", 32, [(16, 5, 0x80)], 0xFFFFFF80),
+        ("cvt.u8.s16 %d, %a;", 32, [(16, 5, 0x80)], 0x80),
+        ("cvt.rzi.u8.f32 %d, %a;", 32, [(32, 5, 0x80)], 0xFF),
+    ],
+)
+def test_known_cases(instruction, width, sources, undefined):
+    assert undefined_bits(instruction, width, *sources) == undefined
