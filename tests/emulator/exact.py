@@ -1,4 +1,4 @@
-"""Floating-point numbers as exact fractions, and IEEE 754 rounding of them: what results are compared with."""
+"""Floating-point numbers as exact fractions, and IEEE 754 rounding of them: what results are held against."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def number(value: Fraction | int) -> Number:
 
 @dataclass(frozen=True)
 class Format:
-    """An interchange format: its width, its significand's bits (the hidden one counts), and the NaN of PTX."""
+    """A format of numbers, and the NaN that PTX's instructions make in it."""
 
-    bits: int
-    precision: int
-    min_exponent: int
+    bits: int  # of a register that holds it
+    precision: int  # the significand's bits, the hidden one too
+    min_exponent: int  # of a normal number
     nan: int
-    stored: int  # of the significand's bits, the hidden one not counted
+    stored: int  # the significand's bits in the register, without the hidden one
 
     @property
     def largest(self) -> Fraction:

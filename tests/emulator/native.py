@@ -65,7 +65,7 @@ def build_library() -> Path:
 @cache
 def library() -> ctypes.CDLL:
     """The emulator, built and loaded; its functions' types are set."""
-    lib = ctypes.CDLL(str(build_library()), mode=os.RTLD_GLOBAL | os.RTLD_NOW)
+    lib = ctypes.CDLL(str(build_library()), mode=os.RTLD_LOCAL | os.RTLD_NOW)
     u64, i64, text, raw = ctypes.c_uint64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "emulator_last_error": (text, []),

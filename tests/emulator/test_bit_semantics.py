@@ -120,19 +120,21 @@ def test_three_input_logic(table):
 
     check(f"lop3.b32 %d, %a, %b, %c, {table};", "b32", ["b32"] * 3, look_up)
     # With a predicate: p = (d != 0) op q.
-    for operation, result in (("and", lambda x, q: x and q), ("or", lambda x, q: x or q)):
-        check(
-            f"setp.gt.u32 %q, %a, %b; lop3.{operation}.b32 %d|%p, %a, %b, %c, {table}, %q; selp.b32 %d, 1, 0, %p;",
-            "b32",
-            ["b32"] * 3,
-            lambda a, b, c, result=result: result(look_up(a, b, c) != 0, a > b),
-        )
-        check(
-            f"setp.gt.u32 %q, %a, %b; lop3.{operation}.b32 _|%p, %a, %b, %c, {table}, !%q; selp.b32 %d, 1, 0, %p;",
-            "b32",
-            ["b32"] * 3,
-            lambda a, b, c, result=result: result(look_up(a, b, c) != 0, a <= b),
-        )
+    for operation in ("and", "or"):
+        compare = f"setp.gt.u32 %q, %a, %b; lop3.{operation}.b32"
+        select = "selp.b32 %d, 1, 0, %p;"
+
+        def combined(a: int, b: int, c: int, negated: bool, both: bool = operation == "and") -> bool:
+            first, second = look_up(a, b, c) != 0, (a > b) != negated
+            return first and second if both else first or second
+
+        for destination, q in (("%d", "%q"), ("_", "!%q")):
+            check(
+                f"{compare} {destination}|%p, %a, %b, %c, {table}, {q}; {select}",
+                "b32",
+                ["b32"] * 3,
+                lambda a, b, c, combined=combined, negated=q == "!%q": combined(a, b, c, negated),
+            )
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ BOOLEAN = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 INTEGERS = ["b16", "b32", "b64", "u16", "s16", "u32", "s32", "u64", "s64"]
 
 
-def integer_comparisons(kind: str) -> dict:
+def integer_comparisons(kind: str) -> Mapping[str, Callable[..., Any]]:
     if kind[0] == "b":
         return {"eq": operator.eq, "ne": operator.ne}
     return ORDERED | UNSIGNED if kind[0] == "u" else ORDERED
@@ -263,4 +265,5 @@ def test_columns_keep_values():
     kinds = ["s64", "u16"]
     rows = grid(*kinds)
     back = [tuple(row) for row in zip(*(column.tolist() for column in columns(rows, kinds)), strict=True)]
-    assert back == rows and columns(rows, kinds)[0].dtype == dtype("s64")
+    assert back == rows
+    assert columns(rows, kinds)[0].dtype == dtype("s64")

@@ -186,8 +186,9 @@ def test_what_nvcc_packs(several, device, ran):
 @pytest.mark.parametrize(("device", "arch"), [("a100", "sm_80"), ("l4", "sm_80"), ("h100", "sm_90a")])
 def test_registers_are_those_of_the_nearest_machine_code(several, cuda, device, arch):
     Machine(device)
-    [report] = static_report(KERNELS / "runtime_architecture.cu", arch=arch)
-    _, result = attributes(cuda, several.address("architecture_function"))
+    reports = static_report(KERNELS / "runtime_architecture.cu", arch=arch)
+    [report] = [report for report in reports if report.demangled.startswith("pressure")]
+    _, result = attributes(cuda, several.address("pressure_function"))
     assert result.registers == report.resources.registers > 0
 
 
@@ -197,3 +198,16 @@ def test_code_for_a_newer_device_alone():
     with machine.buffers(out=np.zeros(1, np.int32)) as b:
         assert hopper.launch_architecture(b["out"].pointer) == CudaError.NO_KERNEL_IMAGE_FOR_DEVICE
     assert "the device is sm_80, the fat binary has PTX for sm_90" in last_message()
+
+
+def test_code_that_is_loaded_into_a_corrupt_context(cuda, machine):
+    """nvcc's host code registers its kernels, and looks them up, once: that must work all the same."""
+    launchers = load_launchers([KERNELS / "runtime_launches.cu"], arch="sm_80")
+    assert launchers.launch_trap() == CudaError.LAUNCH_FAILURE
+    source = [KERNELS / "runtime_architecture.cu"]
+    fresh = load_launchers(source, arch="sm_80", options=["-DUNUSED"])  # a library of this test's own
+    with machine.buffers(out=np.zeros(1, np.int32)) as b:
+        pointer = b["out"].pointer
+        assert fresh.launch_architecture(pointer) == CudaError.LAUNCH_FAILURE
+        reset()
+        assert fresh.launch_architecture(pointer) == CudaError.SUCCESS, last_message()

@@ -8,6 +8,8 @@ moves or combines bits one by one, no other bit may be, or correct programs woul
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,44 +58,82 @@ def defined(width: int, values: list[int]) -> st.SearchStrategy[Source]:
 
 AMOUNTS = [0, 1, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 100]
 
-# instruction, width of the result, sources: any bits, or an amount that is defined.
-EXACT: list[tuple[str, int, list]] = [
-    *((f"{op}.b{w} %d, %a, %b;", w, [w, w]) for op in ("and", "or", "xor") for w in (16, 32, 64)),
-    *((f"not.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
-    *((f"cnot.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
-    *((f"lop3.b32 %d, %a, %b, %c, {table};", 32, [32, 32, 32]) for table in (0x1A, 0x40, 0x96, 0xCA, 0xE8, 0xFF)),
-    *((f"{op} %d, %a, %b;", w, [w, AMOUNTS]) for w in (16, 32, 64) for op in (f"shl.b{w}", f"shr.u{w}", f"shr.s{w}")),
-    *((f"shf.{d}.{m}.b32 %d, %a, %b, %c;", 32, [32, 32, AMOUNTS]) for d in "lr" for m in ("clamp", "wrap")),
+# The instruction, the width of the result, and of each source its width, or the defined values it may have.
+Case = tuple[str, int, list[int | list[int]]]
+
+
+def cases(
+    text: str, width: str | int, *sources: str | int | list[int], **choices: Iterable[int | str]
+) -> list[Case]:
+    """One case for each combination of the choices, which the text and the widths name."""
+    rows: list[Case] = []
+    for values in itertools.product(*choices.values()):
+        chosen: dict[str, Any] = dict(zip(choices, values, strict=True))
+        shapes = [chosen[s] if isinstance(s, str) else s for s in sources]
+        rows.append((text.format(**chosen), chosen[width] if isinstance(width, str) else width, shapes))
+    return rows
+
+
+WIDTHS = (16, 32, 64)
+SIGNS = "us"
+PERMUTATIONS = ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
+LOGIC = ("and", "or", "xor")
+EXACT: list[Case] = [
+    *cases("{op}.b{w} %d, %a, %b;", "w", "w", "w", op=LOGIC, w=WIDTHS),
+    *cases("{op}.b{w} %d, %a;", "w", "w", op=("not", "cnot", "mov"), w=WIDTHS),
+    *cases("lop3.b32 %d, %a, %b, %c, {t};", 32, 32, 32, 32, t=(0x1A, 0x40, 0x96, 0xCA, 0xE8, 0xFF)),
+    *cases("shl.b{w} %d, %a, %b;", "w", "w", AMOUNTS, w=WIDTHS),
+    *cases("shr.{t}{w} %d, %a, %b;", "w", "w", AMOUNTS, t=SIGNS, w=WIDTHS),
+    *cases("shf.{d}.{m}.b32 %d, %a, %b, %c;", 32, 32, 32, AMOUNTS, d="lr", m=("clamp", "wrap")),
     ("prmt.b32 %d, %a, %b, %c;", 32, [32, 32, [0x3210, 0x5410, 0x7632, 0xFBA9, 0x8888, 0x1032]]),
-    *((f"prmt.b32.{m} %d, %a, %b, %c;", 32, [32, 32, [0, 1, 2, 3]]) for m in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")),
-    *((f"brev.b{w} %d, %a;", w, [w]) for w in (32, 64)),
-    *((f"bfe.{t}{w} %d, %a, %b, %c;", w, [w, AMOUNTS, AMOUNTS]) for t in "us" for w in (32, 64)),
-    *((f"bfi.b{w} %d, %a, %b, %c, %e;", w, [w, w, AMOUNTS, AMOUNTS]) for w in (32, 64)),
-    *((f"szext.{m}.{t} %d, %a, %b;", 32, [32, AMOUNTS]) for m in ("clamp", "wrap") for t in ("u32", "s32")),
-    *((f"mov.b{w} %d, %a;", w, [w]) for w in (16, 32, 64)),
+    *cases("prmt.b32.{m} %d, %a, %b, %c;", 32, 32, 32, [0, 1, 2, 3], m=PERMUTATIONS),
+    *cases("brev.b{w} %d, %a;", "w", "w", w=(32, 64)),
+    *cases("bfe.{t}{w} %d, %a, %b, %c;", "w", "w", AMOUNTS, AMOUNTS, t=SIGNS, w=(32, 64)),
+    *cases("bfi.b{w} %d, %a, %b, %c, %e;", "w", "w", "w", AMOUNTS, AMOUNTS, w=(32, 64)),
+    *cases("szext.{m}.{t}32 %d, %a, %b;", 32, 32, AMOUNTS, m=("clamp", "wrap"), t=SIGNS),
     ("mov.b32 %d, {%a, %b};", 32, [16, 16]),
     ("mov.b64 %d, {%a, %b};", 64, [32, 32]),
     ("{.reg .b16 %x, %y; mov.b32 {%x, %y}, %a; mov.b32 %d, {%y, %x};}", 32, [32]),
-    *((f"cvt.u{w}.{t}{v} %d, %a;", w, [v]) for w in (16, 32, 64) for v in (16, 32, 64) for t in "us"),
+    *cases("cvt.u{w}.{t}{v} %d, %a;", "w", "v", w=WIDTHS, v=WIDTHS, t=SIGNS),
     ("cvt.s8.s16 %d, %a;", 32, [16]),
-    *((f"{op}.{t} %d, %a;", w, [w]) for t, w in (("f16", 16), ("bf16x2", 32), ("f32", 32), ("f64", 64)) for op in ("neg", "abs")),
+    *cases("{op}.f{w} %d, %a;", "w", "w", op=("neg", "abs"), w=WIDTHS),
+    *cases("{op}.bf16x2 %d, %a;", 32, 32, op=("neg", "abs")),
     ("copysign.f32 %d, %a, %b;", 32, [32, 32]),
-    # Comparisons, by the single bit that they decide.
-    *((f"setp.{op}.b{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, [w, w]) for op in ("eq", "ne") for w in (16, 32, 64)),
-    *((f"setp.{op}.{t}{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, [w, w]) for op in ("lt", "le", "gt", "ge") for t in "us" for w in (16, 32, 64)),
+    # Comparisons and predicates, by the single bit that they decide.
+    *cases("setp.{op}.b{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;", 32, "w", "w", op=("eq", "ne"), w=WIDTHS),
+    *cases(
+        "setp.{op}.{t}{w} %p, %a, %b; selp.u32 %d, 1, 0, %p;",
+        *(32, "w", "w"),
+        op=("lt", "le", "gt", "ge"),
+        t=SIGNS,
+        w=WIDTHS,
+    ),
     ("set.lt.u32.s32 %d, %a, %b;", 32, [32, 32]),
     ("set.ge.f32.u32 %d, %a, %b;", 32, [32, 32]),
-    *((f"setp.ne.b32 %q, %a, 0; setp.ne.b32 %r, %b, 0; {op}.pred %p, %q, %r; selp.u32 %d, 1, 0, %p;", 32, [32, 32]) for op in ("and", "or", "xor")),
-    *((f"setp.ne.b32 %r, %c, 0; setp.lt.{op}.u32 _|%q, %a, %b, !%r; selp.u32 %d, 1, 0, %q;", 32, [32, 32, 32]) for op in ("and", "or", "xor")),
-    *((f"setp.ne.b32 %p, %c, 0; selp.b{w} %d, %a, %b, %p;", w, [w, w, 32]) for w in (16, 32, 64)),
+    *cases(
+        "setp.ne.b32 %q, %a, 0; setp.ne.b32 %r, %b, 0; {op}.pred %p, %q, %r; selp.u32 %d, 1, 0, %p;",
+        *(32, 32, 32),
+        op=LOGIC,
+    ),
+    *cases(
+        "setp.ne.b32 %r, %c, 0; setp.lt.{op}.u32 _|%q, %a, %b, !%r; selp.u32 %d, 1, 0, %q;",
+        *(32, 32, 32, 32),
+        op=LOGIC,
+    ),
+    *cases("setp.ne.b32 %p, %c, 0; selp.b{w} %d, %a, %b, %p;", "w", "w", "w", 32, w=WIDTHS),
     ("slct.b32.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
-    ("setp.gt.u32 %q, %a, 99; lop3.or.b32 _|%p, %a, %b, %c, 0xC0, %q; selp.u32 %d, 1, 0, %p;", 32, [32, 32, [0]]),
-]  # fmt: skip
+    (
+        "setp.gt.u32 %q, %a, 99; lop3.or.b32 _|%p, %a, %b, %c, 0xC0, %q; selp.u32 %d, 1, 0, %p;",
+        32,
+        [32, 32, [0]],
+    ),
+]
 
 # Where an undefined bit may spoil more than it must, but never less.
-SAFE: list[tuple[str, int, list]] = [
-    *((f"{op} %d, %a, %b;", w, [w, w]) for w in (16, 32, 64) for op in (f"add.u{w}", f"sub.s{w}", f"mul.lo.u{w}", f"mul.hi.s{w}", f"div.u{w}", f"rem.s{w}", f"min.s{w}")),
-    *((f"mad.lo.s{w} %d, %a, %b, %c;", w, [w, w, w]) for w in (16, 32, 64)),
+SAFE: list[Case] = [
+    *cases("{op}.{t}{w} %d, %a, %b;", "w", "w", "w", op=("div", "rem", "min", "mul.hi"), t=SIGNS, w=WIDTHS),
+    *cases("{op}.u{w} %d, %a, %b;", "w", "w", "w", op=("add", "sub", "mul.lo"), w=WIDTHS),
+    *cases("mad.lo.s{w} %d, %a, %b, %c;", "w", "w", "w", "w", w=WIDTHS),
     ("mul.wide.s16 %d, %a, %b;", 32, [16, 16]),
     ("mad.wide.u32 %d, %a, %b, %c;", 64, [32, 32, 64]),
     ("mul24.hi.u32 %d, %a, %b;", 32, [32, 32]),
@@ -131,10 +171,10 @@ SAFE: list[tuple[str, int, list]] = [
     ("add.cc.u32 %d, %a, %b; addc.u32 %d, %c, 0;", 32, [32, 32, 32]),
     ("cvta.shared.u64 %d, %a;", 64, [64]),
     ("isspacep.shared %p, %a; selp.u32 %d, 1, 0, %p;", 32, [64]),
-]  # fmt: skip
+]
 
 
-def draw(data: st.DataObject, shapes: list) -> list[Source]:
+def draw(data: st.DataObject, shapes: list[int | list[int]]) -> list[Source]:
     return [data.draw(source(shape) if isinstance(shape, int) else defined(32, shape)) for shape in shapes]
 
 

@@ -266,3 +266,12 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def missing_packages() -> tuple[str, ...]:
+    """What to install from PyPI so that kernels can be compiled here; nothing where a toolkit is found."""
+    try:
+        find_toolkit()
+    except ToolkitMissing:
+        return PYPI_TOOLKIT
+    return ()

@@ -1,6 +1,5 @@
-// Kernels and the host code that launches them. A launcher returns the code that the runtime gave
-// it; a
-// ..._function returns the host function by which the runtime knows the kernel.
+// Kernels and the host code that launches them. A launcher returns the code that the runtime gave;
+// a ..._function returns the host function by which the runtime knows the kernel.
 #include <cuda_runtime.h>
 
 #include <cassert>
@@ -52,8 +51,9 @@ __global__ void __launch_bounds__(64) bounded(int* out) {
   out[threadIdx.x] = threadIdx.x;
 }
 
-// 96 values in registers at once: a block of 1024 threads would need more than an SM has.
-__global__ void hungry(float* values) {
+// 96 values want to be in registers at once. Registers go to warps in units of 256, and 100 for
+// each thread are no multiple of it; a block of 1024 threads would need more than an SM has.
+__global__ void __maxnreg__(100) hungry(float* values) {
   float kept[96];
 #pragma unroll
   for (int i = 0; i < 96; ++i) kept[i] = values[i * blockDim.x + threadIdx.x];

@@ -1,4 +1,5 @@
-// The narrow floating-point formats, f16, bf16 and tf32, and f32 as a destination: values to bits and back.
+// The narrow floating-point formats, f16, bf16 and tf32, and f32 as a destination: values to bits
+// and back.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace emulator {
 
-// A format's significand bits (the hidden one counts), its normal exponents, and the NaN that PTX makes.
+// A format's significand bits (the hidden one counts), its normal exponents, and the NaN that PTX
+// makes.
 struct Binary16 {
   using Bits = uint16_t;
   static constexpr int kPrecision = 11;
@@ -71,13 +73,12 @@ class Encoder {
   }
 
   Bits operator()(double x) const {
-    // No branches but selections, so that loops over lanes vectorise.
-    const double rounded = quantise(x);
+    double rounded = quantise(x);
     const bool was_finite = std::fabs(x) <= std::numeric_limits<double>::max();
-    const bool overflows = (std::fabs(rounded) > Format::kMax) & (was_finite | satfinite_);
-    const double limit = rounded > 0 ? above_ : below_;
-    const Bits bits = pack(static_cast<float>(overflows ? limit : rounded));
-    return x == x ? bits : Format::kNaN;
+    if (std::fabs(rounded) > Format::kMax && (was_finite || satfinite_)) {
+      rounded = rounded > 0 ? above_ : below_;
+    }
+    return x == x ? pack(static_cast<float>(rounded)) : Format::kNaN;
   }
 
  private:
@@ -85,7 +86,8 @@ class Encoder {
   double quantise(double x) const {
     constexpr int kBias = 1023, kFraction = 52;
     const auto field = static_cast<int64_t>(bit_cast<uint64_t>(x) >> kFraction & 0x7ff);
-    const int64_t normal = field > Format::kMinExponent + kBias ? field : Format::kMinExponent + kBias;
+    const int64_t normal =
+        field > Format::kMinExponent + kBias ? field : Format::kMinExponent + kBias;
     const int64_t place = normal - (Format::kPrecision - 1);  // biased
     const auto to_units = bit_cast<double>(static_cast<uint64_t>(2 * kBias - place) << kFraction);
     const auto unit = bit_cast<double>(static_cast<uint64_t>(place) << kFraction);
@@ -99,9 +101,11 @@ class Encoder {
     } else if constexpr (Format::kMinExponent == -126) {
       return static_cast<Bits>(bit_cast<uint32_t>(value) >> 16);
     } else {
-      // The inverse of `decode`; infinity, which scaling leaves as it is, has a smaller exponent field.
+      // The inverse of `decode`; infinity, which scaling leaves as it is, has a smaller exponent
+      // field.
       const uint32_t scaled = bit_cast<uint32_t>(value * 0x1p-112f);
-      const uint32_t magnitude = std::fabs(value) > Binary16::kMax ? 0x7c00u : scaled >> 13 & 0x7fffu;
+      const uint32_t magnitude =
+          std::fabs(value) > Binary16::kMax ? 0x7c00u : scaled >> 13 & 0x7fffu;
       return static_cast<Bits>((scaled >> 16 & 0x8000u) | magnitude);
     }
   }

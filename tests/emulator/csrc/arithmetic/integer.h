@@ -11,17 +11,29 @@ namespace emulator {
 template <class T>
 struct WideOf;
 template <>
-struct WideOf<uint16_t> { using type = uint32_t; };
+struct WideOf<uint16_t> {
+  using type = uint32_t;
+};
 template <>
-struct WideOf<int16_t> { using type = int32_t; };
+struct WideOf<int16_t> {
+  using type = int32_t;
+};
 template <>
-struct WideOf<uint32_t> { using type = uint64_t; };
+struct WideOf<uint32_t> {
+  using type = uint64_t;
+};
 template <>
-struct WideOf<int32_t> { using type = int64_t; };
+struct WideOf<int32_t> {
+  using type = int64_t;
+};
 template <>
-struct WideOf<uint64_t> { using type = unsigned __int128; };
+struct WideOf<uint64_t> {
+  using type = unsigned __int128;
+};
 template <>
-struct WideOf<int64_t> { using type = __int128; };
+struct WideOf<int64_t> {
+  using type = __int128;
+};
 template <class T>
 using Wide = typename WideOf<T>::type;
 
@@ -33,7 +45,8 @@ inline Wide<T> multiply_wide(T a, T b) {
   return static_cast<Wide<T>>(a) * static_cast<Wide<T>>(b);
 }
 template <class T>
-inline T multiply_low(T a, T b) {  // unsigned, so that it wraps; in Wide, since uint16_t promotes to int
+inline T multiply_low(T a,
+                      T b) {  // unsigned, so that it wraps; in Wide, since uint16_t promotes to int
   static_assert(std::is_unsigned_v<T>);
   return static_cast<T>(multiply_wide(a, b));
 }
@@ -49,8 +62,8 @@ inline T saturate(Larger x) {
   return static_cast<T>(x);
 }
 
-// Division by zero "yields an unspecified, machine-specific value" (PTX ISA, "div"): quotient and remainder
-// alike are all ones here, as in the code that ptxas emits for them.
+// Division by zero "yields an unspecified, machine-specific value" (PTX ISA, "div"): quotient and
+// remainder alike are all ones here, as in the code that ptxas emits for them.
 template <class T>
 inline T divide(T a, T b) {
   if (b == 0) return static_cast<T>(~T{0});
@@ -84,7 +97,8 @@ inline T reverse_bits(T a) {
   return reversed;
 }
 
-// The bits at and above the lowest one that is set: where a carry out of an undefined bit may reach.
+// The bits at and above the lowest one that is set: where a carry out of an undefined bit may
+// reach.
 template <class T>
 inline T upwards(T undefined) {
   static_assert(std::is_unsigned_v<T>);

@@ -1,4 +1,5 @@
-// Rounding: the modes of PTX, and double-precision results that can be rounded once more without harm.
+// Rounding: the modes of PTX, and double-precision results that can be rounded once more without
+// harm.
 #pragma once
 
 #include <cfenv>
@@ -17,7 +18,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// PTX ISA, "Rounding Modifiers": .rn, .rna, .rz, .rm, .rp; .rni and the like round to integers alike.
+// PTX ISA, "Rounding Modifiers": .rn, .rna, .rz, .rm, .rp; .rni and the like round to integers
+// alike.
 enum class Rounding : uint8_t { Nearest, NearestAway, Zero, Down, Up };
 
 // Rounds to an integer, which the double holds exactly.
@@ -70,18 +72,19 @@ inline T opaque(T x) {
   return x;
 }
 
-// Rounding to odd (Boldo and Melquiond): an inexact result becomes its neighbour with an odd last bit, so
-// that it is never a tie, nor exact, for a format of two bits less. Rounding it to such a format, in any
-// mode, gives what rounding the exact value would.
+// Rounding to odd (Boldo and Melquiond): an inexact result becomes its neighbour with an odd last
+// bit, so that it is never a tie, nor exact, for a format of two bits less. Rounding it to such a
+// format, in any mode, gives what rounding the exact value would.
 //
-// `rounded` is the exact value rounded to nearest and `error` the exact rest, exact = rounded + error.
+// `rounded` is the exact value rounded to nearest and `error` the exact rest, exact = rounded +
+// error.
 inline double round_to_odd(double rounded, double error) {
   const auto bits = bit_cast<uint64_t>(rounded);
-  const bool inexact = (error > 0) | (error < 0);  // not for a NaN, which infinities leave behind
+  const bool inexact = error > 0 || error < 0;  // not for a NaN, which infinities leave behind
   const bool even = (bits & 1) == 0;
   const bool outwards = (error > 0) == (rounded > 0);
   const uint64_t step = outwards ? 1 : ~uint64_t{0};
-  return bit_cast<double>(bits + ((inexact & even) ? step : 0));
+  return bit_cast<double>(bits + (inexact && even ? step : 0));
 }
 
 // a + b to odd, for sums that do not overflow (Knuth's exact error of a sum).
@@ -92,7 +95,9 @@ inline double add_to_odd(double a, double b) {
 }
 
 // a * b + c to odd, for factors of at most 26 bits, whose product is exact.
-inline double fma_to_odd(double a, double b, double c) { return add_to_odd(a * b, c); }
+inline double fma_to_odd(double a, double b, double c) {
+  return add_to_odd(a * b, c);
+}
 
 // An integer to odd: the bits that a double cannot hold are gathered in the last one that it can.
 inline double integer_to_odd(uint64_t x) {

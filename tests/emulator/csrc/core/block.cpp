@@ -8,6 +8,10 @@ namespace emulator {
 
 namespace {
 
+// Polls in vain, since memory changed last, after which other blocks get a turn: threads may spin together, through
+// the block's barriers, which alone would look like progress.
+constexpr int kVainPolls = 64;
+
 // Steps that a warp runs before others of its block get a turn: long, for the host's caches.
 constexpr int kQuantum = 4096;
 
@@ -95,7 +99,7 @@ bool Block::land_bulk_copy() {
     async.bulk.pop_front();
   }
   copy.land();
-  progressed();
+  changed();
   return true;
 }
 
@@ -153,6 +157,10 @@ Block::Outcome Block::run() {
     if (finished) {
       finish_bulk_stores();
       return Outcome::Finished;
+    }
+    if (vain_polls_ > kVainPolls) {
+      vain_polls_ = 0;
+      return Outcome::Idle;
     }
     if (ran_out || progress_ != before) continue;
     if (land_bulk_copy() || release_past_exited()) continue;

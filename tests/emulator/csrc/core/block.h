@@ -92,9 +92,17 @@ class Block {
   // The lanes learn of all that the agent did up to `epoch`.
   static void learn(Warp& warp, LaneMask lanes, int agent, uint32_t epoch);
 
-  // Something changed that a spinning thread may be waiting for.
+  // Lanes of this block woke or moved on.
   void progressed() { ++progress_; }
-  uint64_t progress() const { return progress_; }
+  // Memory changed, or threads ended: what somebody may be polling for, in other blocks too.
+  void changed() {
+    ++progress_;
+    ++changes_;
+    vain_polls_ = 0;
+  }
+  uint64_t changes() const { return changes_; }
+  // A strong load saw what it had seen before.
+  void polled_in_vain() { ++vain_polls_; }
 
   // Releases a barrier at which enough threads have arrived.
   void complete(NamedBarrier& barrier);
@@ -122,6 +130,8 @@ class Block {
   std::vector<uint8_t> local_, local_undefined_;
   std::vector<std::unique_ptr<Warp>> warps_;
   uint64_t progress_ = 0;
+  uint64_t changes_ = 0;
+  int vain_polls_ = 0;
 };
 
 }  // namespace emulator

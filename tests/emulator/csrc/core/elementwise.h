@@ -1,9 +1,10 @@
 // Instructions that compute lane by lane: d = op.apply(a, b, ...).
 //
-// An Op is a struct with a total function `D apply(S...)`: static, or a const member of an Op that is made
-// from the Step, whose immediates then tell what the binder knew. Where "any undefined bit makes the whole
-// result undefined" is too coarse, `undefined(S values..., U undefined...)` beside it, with U the unsigned
-// word of S's size, returns the undefined bits of the result, as Memcheck's bit-precise shadow does.
+// An Op is a struct with a total function `D apply(S...)`: static, or a const member of an Op that
+// is made from the Step, whose immediates then tell what the binder knew. Where "any undefined bit
+// makes the whole result undefined" is too coarse, `undefined(S values..., U undefined...)` beside
+// it, with U the unsigned word of S's size, returns the undefined bits of the result, as Memcheck's
+// bit-precise shadow does.
 #pragma once
 
 #include <array>
@@ -65,7 +66,8 @@ uint64_t undefined_bits(const Op& op, S... values, Bits<S>... undefined) {
 
 }  // namespace detail
 
-// N elements a lane, side by side: f16x2 is N = 2 of f16. step.slots: the destination, then the sources.
+// N elements a lane, side by side: f16x2 is N = 2 of f16. step.slots: the destination, then the
+// sources.
 template <int N, class Op, class D, class... S>
 struct Packed {
   static void run(Warp& warp, const Step& step, LaneMask active) {
@@ -120,8 +122,8 @@ struct Verdict {
 // Tests element `n` of every lane, of which there are N, with an Op whose result is a bool.
 template <int N, class Op, class... S>
 struct Test {
-  static Verdict run(const Warp& warp, const Step& step, const std::array<Slot, sizeof...(S)>& sources,
-                     int n, LaneMask active) {
+  static Verdict run(const Warp& warp, const Step& step,
+                     const std::array<Slot, sizeof...(S)>& sources, int n, LaneMask active) {
     return compute(warp, step, sources, n, active, std::index_sequence_for<S...>{});
   }
 
@@ -138,10 +140,9 @@ struct Test {
     }
     const LaneMask tainted = (warp.tainted(sources[I]) | ... | LaneMask{0}) & active;
     for_each_lane(tainted, [&](int l) {
-      const bool unknown =
-          detail::undefined_bits<bool, std::remove_const_t<decltype(op)>, S...>(
-              op, detail::element<S>(warp, sources[I], l, n, N)...,
-              detail::undefined_element<S>(warp, sources[I], l, n)...) != 0;
+      const bool unknown = detail::undefined_bits<bool, std::remove_const_t<decltype(op)>, S...>(
+                               op, detail::element<S>(warp, sources[I], l, n, N)...,
+                               detail::undefined_element<S>(warp, sources[I], l, n)...) != 0;
       if (unknown) verdict.undefined |= lane_bit(l);
     });
     return verdict;

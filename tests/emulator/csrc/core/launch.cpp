@@ -6,6 +6,7 @@
 
 #include "common/error.h"
 #include "memory/allocation.h"
+#include "runtime/limits.h"
 
 namespace emulator {
 
@@ -13,7 +14,7 @@ namespace {
 
 // Rounds in which all resident blocks spin and nothing changes before that is called a deadlock: a thread
 // may count its polls and give up.
-constexpr int kIdleRounds = 2000;
+constexpr int kIdleRounds = 300;
 
 int next_launch_id() {
   static int id = 0;
@@ -57,18 +58,12 @@ Launch::~Launch() {
 }
 
 // As many as the device holds at once: blocks that wait for one that does not fit yet wait forever there too.
-int Launch::resident_blocks() const {
-  const Limits& limits = machine.limits;
-  const int warps = (threads() + kLanes - 1) / kLanes;
-  int64_t blocks = limits.max_blocks_per_multiprocessor;
-  blocks = std::min<int64_t>(blocks, limits.max_threads_per_multiprocessor / (warps * kLanes));
-  const int64_t shared =
-      program.dynamic_shared_offset + shape.dynamic_shared_bytes + limits.shared_reserved_per_block;
-  blocks = std::min(blocks, limits.shared_per_multiprocessor / shared);
-  if (program.registers > 0) {
-    blocks = std::min<int64_t>(blocks, limits.registers_per_multiprocessor / (program.registers * warps * kLanes));
-  }
-  return static_cast<int>(std::max<int64_t>(blocks, 1) * limits.multiprocessors);
+int Launch::blocks_at_once() const {
+  KernelResources kernel;
+  kernel.registers = program.registers;
+  kernel.static_shared_bytes = program.dynamic_shared_offset;
+  const int blocks = resident_blocks(machine.limits, kernel, threads(), shape.dynamic_shared_bytes);
+  return std::max(blocks, 1) * machine.limits.multiprocessors;
 }
 
 void Launch::run() {
@@ -80,7 +75,7 @@ void Launch::run() {
     std::mt19937_64 generator(machine.settings.seed);
     std::shuffle(order.begin(), order.end(), generator);
   }
-  const auto limit = static_cast<size_t>(resident_blocks());
+  const auto limit = static_cast<size_t>(blocks_at_once());
   std::vector<std::unique_ptr<Block>> resident;
   size_t started = 0;
   int idle = 0;
@@ -88,9 +83,9 @@ void Launch::run() {
     bool moved = false;
     for (size_t i = 0; i < resident.size();) {
       Block& block = *resident[i];
-      const uint64_t before = block.progress();
+      const uint64_t before = block.changes();
       const Block::Outcome outcome = block.run();
-      moved = moved || outcome == Block::Outcome::Finished || block.progress() != before;
+      moved = moved || outcome == Block::Outcome::Finished || block.changes() != before;
       if (outcome == Block::Outcome::Stuck) {
         block.report_stuck("deadlock: nothing can wake these lanes");
         throw LaunchEnd("deadlock");

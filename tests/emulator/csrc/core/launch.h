@@ -39,7 +39,7 @@ class Launch {
   int threads() const { return static_cast<int>(shape.block[0] * shape.block[1] * shape.block[2]); }
 
  private:
-  int resident_blocks() const;
+  int blocks_at_once() const;
 
   std::unordered_map<uint64_t, size_t> seen_;  // (check, pc) to the finding's index
 };

@@ -141,7 +141,7 @@ void Warp::exit(LaneMask lanes) {
   live_ &= ~lanes;
   group().lanes &= ~lanes;
   if (group().lanes == 0) groups_.erase(groups_.begin() + static_cast<std::ptrdiff_t>(current_));
-  block_.progressed();
+  block_.changed();
 }
 
 void Warp::resume(LaneMask lanes) {
@@ -184,6 +184,7 @@ void Warp::polled(const Step& step, bool changed) {
     polled_pc_ = step.pc;
     polls_ = 0;
   } else if (++polls_ >= 2) {
+    block_.polled_in_vain();
     yield();
   }
 }

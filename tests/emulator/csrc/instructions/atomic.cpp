@@ -155,7 +155,7 @@ void run_atomic(Warp& warp, const Step& step, LaneMask active) {
       const auto at = static_cast<uint32_t>(address);
       std::memcpy(block.shared().data(at), value, static_cast<size_t>(bytes));
       std::memcpy(block.shared().undefined(at), unknown, static_cast<size_t>(bytes));
-      if (changed) block.progressed();
+      if (changed) block.changed();
       if (block.settings().check_races) launch.races.publish(address | kSharedWindow, warp, l, ordering);
     } else {
       store_global(warp, step, l, address, bytes, ordering, value, unknown);

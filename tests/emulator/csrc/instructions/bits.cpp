@@ -1,7 +1,7 @@
 // Counting, finding and moving bits (PTX ISA, "Integer Arithmetic Instructions": popc to szext).
 //
-// What only moves bits moves their undefinedness in the same way; an undefined position or length spoils
-// the whole result.
+// What only moves bits moves their undefinedness in the same way; an undefined position or length
+// spoils the whole result.
 #include <algorithm>
 
 #include "arithmetic/integer.h"
@@ -23,12 +23,16 @@ uint32_t highest_bit(U x) {
 
 struct CountOnes {
   template <class U>
-  static uint32_t apply(U a) { return static_cast<uint32_t>(__builtin_popcountll(a)); }
+  static uint32_t apply(U a) {
+    return static_cast<uint32_t>(__builtin_popcountll(a));
+  }
 };
 
 struct CountLeadingZeros {
   template <class U>
-  static uint32_t apply(U a) { return kBits<U> - 1 - highest_bit(a); }  // none wraps to the width
+  static uint32_t apply(U a) {
+    return kBits<U> - 1 - highest_bit(a);
+  }  // none wraps to the width
 };
 
 // The highest bit that differs from the sign, or how far it is from the top.
@@ -44,9 +48,13 @@ struct FindHighest {
 
 struct Reverse {
   template <class U>
-  static U apply(U a) { return reverse_bits(a); }
+  static U apply(U a) {
+    return reverse_bits(a);
+  }
   template <class U>
-  static U undefined(U, U ua) { return reverse_bits(ua); }
+  static U undefined(U, U ua) {
+    return reverse_bits(ua);
+  }
 };
 
 // The lowest `count` bits, any number of them.
@@ -55,8 +63,8 @@ U low_mask(uint32_t count) {
   return static_cast<U>(~shift_left(static_cast<U>(~U{0}), count));
 }
 
-// `length` bits from `position` upwards, extended by zeros or, for signed types, by the last of them: the
-// sign bit of the field, or of a where the field reaches past it.
+// `length` bits from `position` upwards, extended by zeros or, for signed types, by the last of
+// them: the sign bit of the field, or of a where the field reaches past it.
 struct ExtractField {
   template <class T>
   static T apply(T a, uint32_t position, uint32_t length) {
@@ -67,7 +75,8 @@ struct ExtractField {
     if (std::is_unsigned_v<T> || length == 0) return static_cast<T>(field);
     const uint32_t last = std::min<uint32_t>(position + length - 1, kBits<T> - 1);
     const bool sign = (static_cast<U>(a) >> last & 1) != 0;
-    const uint32_t copied = position < kBits<T> ? std::min<uint32_t>(length, kBits<T> - position) : 0;
+    const uint32_t copied =
+        position < kBits<T> ? std::min<uint32_t>(length, kBits<T> - position) : 0;
     return static_cast<T>(sign ? field | ~low_mask<U>(copied) : field);
   }
   template <class T, class U>
@@ -92,8 +101,8 @@ struct InsertField {
   }
 };
 
-// A mask of `width` bits from `position` upwards. Amounts of 32 and more are taken modulo 32 (.wrap), or
-// give no mask at all, or all bits above the position (.clamp).
+// A mask of `width` bits from `position` upwards. Amounts of 32 and more are taken modulo 32
+// (.wrap), or give no mask at all, or all bits above the position (.clamp).
 template <bool kClamp>
 struct MakeMask {
   static uint32_t apply(uint32_t position, uint32_t width) {
@@ -122,8 +131,8 @@ struct Extend {
   }
 };
 
-// The |offset|-th set bit from `base` on, upwards or downwards; offset 0 asks for the base itself. A base
-// past 31, undefined by the ISA, finds nothing.
+// The |offset|-th set bit from `base` on, upwards or downwards; offset 0 asks for the base itself.
+// A base past 31, undefined by the ISA, finds nothing.
 struct FindNth {
   static uint32_t apply(uint32_t mask, uint32_t base, int32_t offset) {
     if (base > 31) return kNone;
@@ -137,29 +146,34 @@ struct FindNth {
   }
 };
 
-bool is_bits(const Type& type) { return type.cls == Type::Class::Bits && type.bits >= 32; }
+bool is_bits(const Type& type) {
+  return type.cls == Type::Class::Bits && type.bits >= 32;
+}
 
 template <class Op>
 void bind_count(Binder& b) {
   const Type type = b.type();
-  const Handler run = is_bits(type) ? for_words(type, [](auto t) {
-    return Elementwise<Op, uint32_t, decltype(t)>::run;
-  })
-                                    : nullptr;
+  const Handler run =
+      is_bits(type)
+          ? for_words(type, [](auto t) { return Elementwise<Op, uint32_t, decltype(t)>::run; })
+          : nullptr;
   bind(b, run, kU32, {type});
 }
 
 template <class Op>
 Handler find_highest(const Type& type) {
-  return for_integers(type, [](auto t) -> Handler { return Elementwise<Op, uint32_t, decltype(t)>::run; });
+  return for_integers(
+      type, [](auto t) -> Handler { return Elementwise<Op, uint32_t, decltype(t)>::run; });
 }
 
 void bind_find_highest(Binder& b) {
   const bool shift_amount = b.take("shiftamt");
   const Type type = b.type();
   if (type.bits < 32) b.unsupported("16 bits");
-  bind(b, shift_amount ? find_highest<FindHighest<true>>(type) : find_highest<FindHighest<false>>(type),
-       kU32, {type});
+  bind(
+      b,
+      shift_amount ? find_highest<FindHighest<true>>(type) : find_highest<FindHighest<false>>(type),
+      kU32, {type});
 }
 
 void bind_reverse(Binder& b) {
@@ -182,11 +196,13 @@ void bind_extract(Binder& b) {
 
 void bind_insert(Binder& b) {
   const Type type = b.type();
-  const Handler run = is_bits(type) ? for_words(type, [](auto t) -> Handler {
-    using U = decltype(t);
-    return Elementwise<InsertField, U, U, U, uint32_t, uint32_t>::run;
-  })
-                                    : nullptr;
+  const Handler run =
+      is_bits(type) ? for_words(type,
+                                [](auto t) -> Handler {
+                                  using U = decltype(t);
+                                  return Elementwise<InsertField, U, U, U, uint32_t, uint32_t>::run;
+                                })
+                    : nullptr;
   bind(b, run, type, {type, type, kU32, kU32});
 }
 
@@ -200,7 +216,9 @@ bool take_clamp(Binder& b) {
 void bind_mask(Binder& b) {
   const bool clamp = take_clamp(b);
   if (b.type() != kB32) b.unsupported("another type than .b32");
-  bind(b, clamp ? uniform<1, MakeMask<true>, uint32_t, 2>() : uniform<1, MakeMask<false>, uint32_t, 2>(),
+  bind(b,
+       clamp ? uniform<1, MakeMask<true>, uint32_t, 2>()
+             : uniform<1, MakeMask<false>, uint32_t, 2>(),
        kB32, {kU32, kU32});
 }
 
@@ -219,7 +237,8 @@ void bind_extend(Binder& b) {
 
 void bind_find_nth(Binder& b) {
   if (b.type() != kB32) b.unsupported("another type than .b32");
-  bind(b, Elementwise<FindNth, uint32_t, uint32_t, uint32_t, int32_t>::run, kB32, {kB32, kB32, kB32});
+  bind(b, Elementwise<FindNth, uint32_t, uint32_t, uint32_t, int32_t>::run, kB32,
+       {kB32, kB32, kB32});
 }
 
 }  // namespace

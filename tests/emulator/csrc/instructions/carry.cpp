@@ -1,5 +1,6 @@
-// Extended-precision integer arithmetic (PTX ISA, "Extended-Precision Integer Arithmetic Instructions"):
-// sums and differences that read or write the carry flag CC.CF, which every thread has one of.
+// Extended-precision integer arithmetic (PTX ISA, "Extended-Precision Integer Arithmetic
+// Instructions"): sums and differences that read or write the carry flag CC.CF, which every thread
+// has one of.
 #include "arithmetic/integer.h"
 #include "instructions/select.h"
 
@@ -46,7 +47,8 @@ struct HighProductSum {
   }
 };
 
-// step.slots: the destination, the sources, the flag. immediate[0]: the flag is read; [1]: it is written.
+// step.slots: the destination, the sources, the flag. immediate[0]: the flag is read; [1]: it is
+// written.
 template <class Op, class U>
 void run(Warp& warp, const Step& step, LaneMask active) {
   const U* sources[3];
@@ -70,7 +72,8 @@ void run(Warp& warp, const Step& step, LaneMask active) {
     carried |= LaneMask{carry} << l;
   }
   warp.store(step.slots[0], result, active);
-  for_each_lane(tainted & active, [&](int l) { warp.set_undefined(step.slots[0], l, ~uint64_t{0}); });
+  for_each_lane(tainted & active,
+                [&](int l) { warp.set_undefined(step.slots[0], l, ~uint64_t{0}); });
   if (step.immediate[1] != 0) warp.store_predicate(flag, carried, active, tainted);
 }
 

@@ -1,7 +1,8 @@
 // Comparisons and selections (PTX ISA, "Comparison and Selection Instructions").
 //
-// A comparison is undefined where its undefined bits decide it: two integers that differ in a defined bit
-// are unequal, whatever the others are, and an order holds that holds between all values the two may have.
+// A comparison is undefined where its undefined bits decide it: two integers that differ in a
+// defined bit are unequal, whatever the others are, and an order holds that holds between all
+// values the two may have.
 #include <map>
 #include <optional>
 
@@ -16,7 +17,9 @@ using ptx::Type;
 
 struct Equal {
   template <class U>
-  static bool apply(U a, U b) { return a == b; }
+  static bool apply(U a, U b) {
+    return a == b;
+  }
   template <class U>
   static bool undefined(U a, U b, U ua, U ub) {
     const U unknown = ua | ub;
@@ -26,7 +29,9 @@ struct Equal {
 
 struct Less {
   template <class T>
-  static bool apply(T a, T b) { return a < b; }
+  static bool apply(T a, T b) {
+    return a < b;
+  }
   template <class T, class U>
   static bool undefined(T a, T b, U ua, U ub) {
     // Signed numbers are ordered as unsigned ones once their top bit is turned over.
@@ -38,7 +43,8 @@ struct Less {
   }
 };
 
-// The relations of numbers that may be NaNs, of which all others are the complement or the mirror image.
+// The relations of numbers that may be NaNs, of which all others are the complement or the mirror
+// image.
 enum class Relation { Equal, Less, LessOrEqual, LessOrGreater, Unordered };
 
 template <Relation relation>
@@ -117,8 +123,8 @@ Verdict third(const Warp& warp, const Step& step, const Compare& what, size_t c)
   return {what.negates_c ? ~value : value, warp.tainted(step.slots[c])};
 }
 
-// setp: p = t op c, q = !t op c; packed types compare their low halves for p and their high halves for q.
-// step.slots: p, q, a, b, c.
+// setp: p = t op c, q = !t op c; packed types compare their low halves for p and their high halves
+// for q. step.slots: p, q, a, b, c.
 void run_setp(Warp& warp, const Step& step, LaneMask active) {
   const auto& what = static_cast<const Compare&>(*step.detail);
   const Verdict c = third(warp, step, what, 4);
@@ -151,7 +157,8 @@ void run_set(Warp& warp, const Step& step, LaneMask active) {
     tainted |= t.undefined;
   }
   warp.store(step.slots[0], result, active);
-  for_each_lane(tainted & active, [&](int l) { warp.set_undefined(step.slots[0], l, undefined[l]); });
+  for_each_lane(tainted & active,
+                [&](int l) { warp.set_undefined(step.slots[0], l, undefined[l]); });
 }
 
 // d = the verdict ? a : b. Where it is unknown, the bits are defined in which a and b agree.
@@ -166,8 +173,8 @@ void select(Warp& warp, const Step& step, Verdict first, LaneMask active) {
   for_each_lane(tainted, [&](int l) {
     const U ux = warp.undefined_of<U>(a, l), uy = warp.undefined_of<U>(b, l);
     const bool known = (first.undefined >> l & 1) == 0;
-    undefined[l] = known ? ((first.holds >> l & 1) != 0 ? ux : uy)
-                         : static_cast<U>((x[l] ^ y[l]) | ux | uy);
+    undefined[l] =
+        known ? ((first.holds >> l & 1) != 0 ? ux : uy) : static_cast<U>((x[l] ^ y[l]) | ux | uy);
   });
   warp.store(d, result, active);
   for_each_lane(tainted, [&](int l) { warp.set_undefined(d, l, undefined[l]); });
@@ -214,7 +221,8 @@ std::optional<Spelling> integer_spelling(const std::string& name, const Type& ty
   const auto found = kSigned.find(renamed == kUnsigned.end() ? name : renamed->second);
   if (found == kSigned.end()) return std::nullopt;
   // Bit strings have no order.
-  if (type.cls == Type::Class::Bits && found->second.relation != Relation::Equal) return std::nullopt;
+  if (type.cls == Type::Class::Bits && found->second.relation != Relation::Equal)
+    return std::nullopt;
   return found->second;
 }
 
@@ -266,7 +274,8 @@ Comparison choose(const Type& type, Relation relation) {
     if (type.bits == 32 && type.count == 1) return float_test<1, float>(relation);
     if (type.bits == 64) return float_test<1, double>(relation);
     if (type.bits != 16) return nullptr;
-    if (type.count == 2) return bfloat ? float_test<2, BF16>(relation) : float_test<2, F16>(relation);
+    if (type.count == 2)
+      return bfloat ? float_test<2, BF16>(relation) : float_test<2, F16>(relation);
     return bfloat ? float_test<1, BF16>(relation) : float_test<1, F16>(relation);
   }
   if (type.count != 1) return nullptr;
@@ -351,7 +360,8 @@ void bind_set(Binder& b) {
   what->element_bits = to.bits;
   what->truth = (uint64_t{1} << to.bits) - 1;
   if (to.cls == Type::Class::BFloat) what->truth = encode<BFloat16>(1.0);
-  if (to.cls == Type::Class::Float) what->truth = to.bits == 16 ? encode<Binary16>(1.0) : bits_of(1.0f);
+  if (to.cls == Type::Class::Float)
+    what->truth = to.bits == 16 ? encode<Binary16>(1.0) : bits_of(1.0f);
   b.step.slots = {b.destination(0, to)};
   push_sources(b, type, what.get());
   b.step.detail = what;

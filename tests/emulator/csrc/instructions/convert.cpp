@@ -1,8 +1,8 @@
 // cvt (PTX ISA, "Data Movement and Conversion Instructions: cvt").
 //
-// Between plain types a conversion goes through 64-bit lanes: integers as themselves, extended, numbers
-// with a point as doubles, which hold every other format exactly. So each type needs one way in and one
-// way out, and registers may be wider than the type.
+// Between plain types a conversion goes through 64-bit lanes: integers as themselves, extended,
+// numbers with a point as doubles, which hold every other format exactly. So each type needs one
+// way in and one way out, and registers may be wider than the type.
 #include <limits>
 #include <map>
 
@@ -23,9 +23,15 @@ struct Conversion : Detail {
   bool ftz = false, sat = false, relu = false, satfinite = false;
 };
 
-bool is(const Type& type, Type::Class cls, int bits) { return type == Type{cls, bits, 1}; }
-bool is_f32(const Type& type) { return is(type, Type::Class::Float, 32); }
-bool is_f64(const Type& type) { return is(type, Type::Class::Float, 64); }
+bool is(const Type& type, Type::Class cls, int bits) {
+  return type == Type{cls, bits, 1};
+}
+bool is_f32(const Type& type) {
+  return is(type, Type::Class::Float, 32);
+}
+bool is_f64(const Type& type) {
+  return is(type, Type::Class::Float, 64);
+}
 
 // Calls `visit(T{})` with the host's type of an integer of 8 to 64 bits.
 template <class Visit>
@@ -103,7 +109,8 @@ void integers_to_integers(const Conversion& c, const uint64_t* values, uint64_t*
         bits[l] = extended(saturate<T>(static_cast<__int128>(static_cast<int64_t>(values[l]))));
       }
     } else {
-      for (int l = 0; l < kLanes; ++l) bits[l] = extended(saturate<T>(static_cast<__int128>(values[l])));
+      for (int l = 0; l < kLanes; ++l)
+        bits[l] = extended(saturate<T>(static_cast<__int128>(values[l])));
     }
   });
 }
@@ -117,7 +124,8 @@ void floating_to_integers(const Conversion& c, const double* values, uint64_t* b
     const T nan = wide ? static_cast<T>(uint64_t{1} << (kBits<T> - 1)) : T{0};
     const double end = std::ldexp(1.0, Limits::digits);  // the first number that is too large
     for (int l = 0; l < kLanes; ++l) {
-      const double x = round_to_integral(c.ftz ? flush(static_cast<float>(values[l])) : values[l], c.rounding);
+      const double x =
+          round_to_integral(c.ftz ? flush(static_cast<float>(values[l])) : values[l], c.rounding);
       T result = nan;
       if (x >= end) {
         result = Limits::max();
@@ -167,14 +175,16 @@ void integers_to_floating(const Conversion& c, const uint64_t* values, uint64_t*
     const HostRounding host(c.rounding);
     for (int l = 0; l < kLanes; ++l) {
       const uint64_t x = opaque(values[l]);
-      const double y = is_signed ? static_cast<double>(static_cast<int64_t>(x)) : static_cast<double>(x);
+      const double y =
+          is_signed ? static_cast<double>(static_cast<int64_t>(x)) : static_cast<double>(x);
       bits[l] = bits_of(finished(c, opaque(y)));
     }
     return;
   }
   double odd[kLanes];
   for (int l = 0; l < kLanes; ++l) {
-    odd[l] = is_signed ? integer_to_odd(static_cast<int64_t>(values[l])) : integer_to_odd(values[l]);
+    odd[l] =
+        is_signed ? integer_to_odd(static_cast<int64_t>(values[l])) : integer_to_odd(values[l]);
   }
   to_narrower(c, odd, bits);
 }
@@ -231,7 +241,9 @@ void run(Warp& warp, const Step& step, LaneMask active) {
   }
   const LaneMask tainted = warp.tainted(a) & active;
   uint64_t undefined[kLanes];
-  for_each_lane(tainted, [&](int l) { undefined[l] = undefined_result(c, warp.undefined_of<uint64_t>(a, l)); });
+  for_each_lane(tainted, [&](int l) {
+    undefined[l] = undefined_result(c, warp.undefined_of<uint64_t>(a, l));
+  });
   store(warp, d, bits, active);
   for_each_lane(tainted, [&](int l) { warp.set_undefined(d, l, undefined[l]); });
 }
@@ -307,8 +319,9 @@ void bind_pair(Binder& b, const Conversion& c) {
   b.step.immediate[0] = static_cast<int64_t>(c.rounding);
   b.step.immediate[1] = c.satfinite;
   b.step.immediate[2] = c.relu;
-  bind(b, bfloat ? Elementwise<PackPair<BFloat16>, uint32_t, float, float>::run
-                 : Elementwise<PackPair<Binary16>, uint32_t, float, float>::run,
+  bind(b,
+       bfloat ? Elementwise<PackPair<BFloat16>, uint32_t, float, float>::run
+              : Elementwise<PackPair<Binary16>, uint32_t, float, float>::run,
        c.to, {c.from, c.from});
 }
 
@@ -317,8 +330,8 @@ void check(Binder& b, const Conversion& c) {
   const Type &from = c.from, &to = c.to;
   const bool bits = from.cls == Type::Class::Bits || to.cls == Type::Class::Bits;
   const bool tensor = to.cls == Type::Class::TFloat;
-  if (bits || from.count != 1 || from.bytes() == 0 || to.bytes() == 0 || from.cls == Type::Class::TFloat ||
-      (tensor && !is_f32(from))) {
+  if (bits || from.count != 1 || from.bytes() == 0 || to.bytes() == 0 ||
+      from.cls == Type::Class::TFloat || (tensor && !is_f32(from))) {
     b.unsupported("a conversion between these types");
   }
   const bool both = from.is_float() && to.is_float();
@@ -371,6 +384,8 @@ void bind_convert(Binder& b) {
 
 }  // namespace
 
-void add_convert(Opcodes& opcodes) { opcodes.add("cvt", bind_convert); }
+void add_convert(Opcodes& opcodes) {
+  opcodes.add("cvt", bind_convert);
+}
 
 }  // namespace emulator

@@ -1,9 +1,9 @@
 // Floating-point arithmetic (PTX ISA, "Floating Point Instructions", "Half Precision Floating Point
 // Instructions").
 //
-// .approx instructions are worked out in double precision and rounded once, which is more accurate than
-// any GPU. An operation without a rounding modifier, which ptxas may contract with another to an fma, is
-// done by itself.
+// .approx instructions are worked out in double precision and rounded once, which is more accurate
+// than any GPU. An operation without a rounding modifier, which ptxas may contract with another to
+// an fma, is done by itself.
 #include "arithmetic/floating.h"
 
 #include <map>
@@ -17,42 +17,62 @@ using ptx::Type;
 
 struct Add {
   template <class T>
-  static T apply(T a, T b) { return add(a, b); }
+  static T apply(T a, T b) {
+    return add(a, b);
+  }
 };
 struct Subtract {
   template <class T>
-  static T apply(T a, T b) { return add(a, with_sign(b, !sign_of(b))); }
+  static T apply(T a, T b) {
+    return add(a, with_sign(b, !sign_of(b)));
+  }
 };
 struct Multiply {
   template <class T>
-  static T apply(T a, T b) { return multiply(a, b); }
+  static T apply(T a, T b) {
+    return multiply(a, b);
+  }
 };
 struct MultiplyAdd {
   template <class T>
-  static T apply(T a, T b, T c) { return multiply_add(a, b, c); }
+  static T apply(T a, T b, T c) {
+    return multiply_add(a, b, c);
+  }
 };
 struct Divide {
   template <class T>
-  static T apply(T a, T b) { return a / b; }
+  static T apply(T a, T b) {
+    return a / b;
+  }
 };
 struct Reciprocal {
   template <class T>
-  static T apply(T a) { return 1 / a; }
+  static T apply(T a) {
+    return 1 / a;
+  }
 };
 struct SquareRoot {
   template <class T>
-  static T apply(T a) { return std::sqrt(a); }
+  static T apply(T a) {
+    return std::sqrt(a);
+  }
 };
 
 // .approx: of f32, f16 and bf16 values through double.
 template <double (*function)(double)>
 struct Approximate {
   template <class T>
-  static T apply(T a) { return Rounded<T>::from(function(value_of(a))); }
+  static T apply(T a) {
+    return Rounded<T>::from(function(value_of(a)));
+  }
 };
 
-double inverse(double x) { return 1 / x; }
-double inverse_square_root(double x) { return 1 / std::sqrt(x); }
+double inverse(double x) {
+  return 1 / x;
+}
+double inverse_square_root(double x) {
+  return 1 / std::sqrt(x);
+}
 
 struct DivideFull {
   static float apply(float a, float b) { return static_cast<float>(double{a} / double{b}); }
@@ -76,13 +96,17 @@ struct ApproximateHigh {
   static constexpr uint64_t kHigh = ~uint64_t{0} << 32;
 };
 struct InverseSquareRoot64 {  // rsqrt.approx.f64
-  static double apply(double a) { return static_cast<double>(1 / std::sqrt(static_cast<long double>(a))); }
+  static double apply(double a) {
+    return static_cast<double>(1 / std::sqrt(static_cast<long double>(a)));
+  }
 };
 
 template <class Op>
 struct Canonical {
   template <class... T>
-  static auto apply(T... x) { return canonical(Op::apply(x...)); }
+  static auto apply(T... x) {
+    return canonical(Op::apply(x...));
+  }
 };
 
 enum class Clamp { None, Unit, Positive };  // .sat, .relu
@@ -106,7 +130,9 @@ class Modified {
 
  private:
   template <class T>
-  T prepare(T x) const { return fenced(ftz_ ? flush(x) : x); }
+  T prepare(T x) const {
+    return fenced(ftz_ ? flush(x) : x);
+  }
   // 16-bit types round to nearest alone, and not by the host's mode.
   template <class T>
   static T fenced(T x) {
@@ -122,25 +148,37 @@ class Modified {
 // Undefined bits stay in their places; the sign of an absolute value is known.
 struct Negate {
   template <class T>
-  static T apply(T a) { return with_sign(a, !sign_of(a)); }
+  static T apply(T a) {
+    return with_sign(a, !sign_of(a));
+  }
   template <class T, class U>
-  static U undefined(T, U ua) { return ua; }
+  static U undefined(T, U ua) {
+    return ua;
+  }
 };
 struct Absolute {
   template <class T>
-  static T apply(T a) { return with_sign(a, false); }
+  static T apply(T a) {
+    return with_sign(a, false);
+  }
   template <class T, class U>
-  static U undefined(T, U ua) { return static_cast<U>(ua & ~kSignBit<T>); }
+  static U undefined(T, U ua) {
+    return static_cast<U>(ua & ~kSignBit<T>);
+  }
 };
 template <class Op>
 struct Flushed {
   template <class T>
-  static T apply(T a) { return Op::apply(flush(a)); }
+  static T apply(T a) {
+    return Op::apply(flush(a));
+  }
 };
 
 struct CopySign {
   template <class T>
-  static T apply(T a, T b) { return with_sign(b, sign_of(a)); }
+  static T apply(T a, T b) {
+    return with_sign(b, sign_of(a));
+  }
   template <class T, class U>
   static U undefined(T, T, U ua, U ub) {
     return static_cast<U>((ua & kSignBit<T>) | (ub & ~kSignBit<T>));
@@ -152,7 +190,9 @@ template <bool kMaximum>
 class Extremum {
  public:
   explicit Extremum(const Step& step)
-      : ftz_(step.immediate[0] != 0), nan_(step.immediate[1] != 0), xorsign_(step.immediate[2] != 0) {}
+      : ftz_(step.immediate[0] != 0),
+        nan_(step.immediate[1] != 0),
+        xorsign_(step.immediate[2] != 0) {}
 
   template <class T>
   T apply(T a, T b) const {
@@ -199,8 +239,12 @@ class HasProperty {
   Property property_;
 };
 
-bool is_f32(const Type& type) { return type == Type{Type::Class::Float, 32, 1}; }
-bool is_f64(const Type& type) { return type == Type{Type::Class::Float, 64, 1}; }
+bool is_f32(const Type& type) {
+  return type == Type{Type::Class::Float, 32, 1};
+}
+bool is_f64(const Type& type) {
+  return type == Type{Type::Class::Float, 64, 1};
+}
 
 // The handler for 16-bit types; nullptr for others.
 template <class Op, int Sources>
@@ -256,12 +300,13 @@ void bind_arithmetic(Binder& b) {
   const Type type = b.type();
   const bool half = type.bits == 16;
   const bool packed = type == Type{Type::Class::Float, 32, 2};
-  // Each type has its own: 16-bit types round to nearest alone, .sat is not of bf16 nor of f32x2, .relu is
-  // the 16-bit fma's, and f64 is flushed and clamped never.
+  // Each type has its own: 16-bit types round to nearest alone, .sat is not of bf16 nor of f32x2,
+  // .relu is the 16-bit fma's, and f64 is flushed and clamped never.
   const bool bfloat = type.cls == Type::Class::BFloat;
   const bool sat = modifiers.clamp == Clamp::Unit, relu = modifiers.clamp == Clamp::Positive;
-  if ((half && modifiers.rounding != Rounding::Nearest) || (modifiers.ftz && (bfloat || is_f64(type))) ||
-      (sat && (bfloat || packed || is_f64(type))) || (relu && (!half || Sources != 3))) {
+  if ((half && modifiers.rounding != Rounding::Nearest) ||
+      (modifiers.ftz && (bfloat || is_f64(type))) || (sat && (bfloat || packed || is_f64(type))) ||
+      (relu && (!half || Sources != 3))) {
     b.unsupported("these modifiers for this type");
   }
   modifiers.place(b.step);
@@ -276,14 +321,17 @@ void bind_arithmetic(Binder& b) {
   bind_uniform(b, run, type, Sources);
 }
 
-void bind_multiply_add(Binder& b) { bind_arithmetic<MultiplyAdd, 3>(b); }
+void bind_multiply_add(Binder& b) {
+  bind_arithmetic<MultiplyAdd, 3>(b);
+}
 
 // div.rnd, rcp.rnd, sqrt.rnd: the correctly rounded forms, whose mode must be given.
 template <class Op, int Sources>
 void bind_rounded(Binder& b) {
   const Modifiers modifiers(b);
   const Type type = b.type();
-  if (!modifiers.has_rounding || modifiers.clamp != Clamp::None || (modifiers.ftz && !is_f32(type))) {
+  if (!modifiers.has_rounding || modifiers.clamp != Clamp::None ||
+      (modifiers.ftz && !is_f32(type))) {
     b.unsupported("this form");
   }
   modifiers.place(b.step);
@@ -295,7 +343,8 @@ template <class Op, int Sources>
 void bind_approximate(Binder& b) {
   b.step.immediate[1] = b.take("ftz");
   const Type type = b.type();
-  bind_uniform(b, is_f32(type) ? uniform<1, Modified<Op>, float, Sources>() : nullptr, type, Sources);
+  bind_uniform(b, is_f32(type) ? uniform<1, Modified<Op>, float, Sources>() : nullptr, type,
+               Sources);
 }
 
 // sin, cos, lg2: nothing but .approx{.ftz}.f32.
@@ -341,8 +390,9 @@ void bind_inverse_square_root(Binder& b) {
   if (!b.instruction.has("f64")) return bind_approximate<Approximate<inverse_square_root>, 1>(b);
   const bool high = b.take("ftz");
   const Type type = b.type();
-  bind(b, high ? Elementwise<ApproximateHigh<inverse_square_root>, double, double>::run
-               : Elementwise<InverseSquareRoot64, double, double>::run,
+  bind(b,
+       high ? Elementwise<ApproximateHigh<inverse_square_root>, double, double>::run
+            : Elementwise<InverseSquareRoot64, double, double>::run,
        type, {type});
 }
 
@@ -352,7 +402,8 @@ void bind_sign(Binder& b) {  // abs, neg
   const Type type = b.type();
   Handler run = for_halves<Op, 1>(type);
   if (type.bits != 16) run = for_singles_and_doubles<Op, 1>(type);
-  if (ftz) run = is_f32(type) ? uniform<1, Flushed<Op>, float, 1>() : for_halves<Flushed<Op>, 1>(type);
+  if (ftz)
+    run = is_f32(type) ? uniform<1, Flushed<Op>, float, 1>() : for_halves<Flushed<Op>, 1>(type);
   bind(b, run, type, {type});
 }
 
@@ -365,7 +416,8 @@ void bind_extremum(Binder& b) {
   b.step.immediate[2] = xorsign;
   const Type type = b.type();
   using Op = Extremum<kMaximum>;
-  bind_uniform(b, type.bits == 16 ? for_halves<Op, 2>(type) : for_singles_and_doubles<Op, 2>(type), type, 2);
+  bind_uniform(b, type.bits == 16 ? for_halves<Op, 2>(type) : for_singles_and_doubles<Op, 2>(type),
+               type, 2);
 }
 
 void bind_copysign(Binder& b) {
@@ -375,9 +427,9 @@ void bind_copysign(Binder& b) {
 
 void bind_property(Binder& b) {
   static const std::map<std::string, Property> kProperties = {
-      {"finite", Property::Finite},         {"infinite", Property::Infinite},
-      {"number", Property::Number},         {"notanumber", Property::NotANumber},
-      {"normal", Property::Normal},         {"subnormal", Property::Subnormal}};
+      {"finite", Property::Finite}, {"infinite", Property::Infinite},
+      {"number", Property::Number}, {"notanumber", Property::NotANumber},
+      {"normal", Property::Normal}, {"subnormal", Property::Subnormal}};
   const auto found = kProperties.find(b.next());
   if (found == kProperties.end()) b.unsupported("`" + b.next() + "`");
   b.take(b.next());
@@ -403,12 +455,15 @@ bool take_rounding(Binder& b, Rounding* rounding) {
 }
 
 void bind_floating(Binder& b) {
-  static const std::map<std::string, Bind> kBinders = {
-      {"add", bind_arithmetic<Add, 2>},      {"sub", bind_arithmetic<Subtract, 2>},
-      {"mul", bind_arithmetic<Multiply, 2>}, {"mad", bind_multiply_add},
-      {"div", bind_divide},                  {"abs", bind_sign<Absolute>},
-      {"neg", bind_sign<Negate>},            {"min", bind_extremum<false>},
-      {"max", bind_extremum<true>}};
+  static const std::map<std::string, Bind> kBinders = {{"add", bind_arithmetic<Add, 2>},
+                                                       {"sub", bind_arithmetic<Subtract, 2>},
+                                                       {"mul", bind_arithmetic<Multiply, 2>},
+                                                       {"mad", bind_multiply_add},
+                                                       {"div", bind_divide},
+                                                       {"abs", bind_sign<Absolute>},
+                                                       {"neg", bind_sign<Negate>},
+                                                       {"min", bind_extremum<false>},
+                                                       {"max", bind_extremum<true>}};
   kBinders.at(b.instruction.root)(b);
 }
 

@@ -1,7 +1,7 @@
 // Integer arithmetic (PTX ISA, "Integer Arithmetic Instructions").
 //
-// A sum's or product's low bits depend on no higher bits of its operands, so an undefined bit spoils the
-// bits from its place upwards; of anything else here it spoils the whole result.
+// A sum's or product's low bits depend on no higher bits of its operands, so an undefined bit
+// spoils the bits from its place upwards; of anything else here it spoils the whole result.
 #include "arithmetic/integer.h"
 
 #include <algorithm>
@@ -15,9 +15,13 @@ using ptx::Type;
 
 struct Add {
   template <class T>
-  static T apply(T a, T b) { return static_cast<T>(a + b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a + b);
+  }
   template <class T>
-  static T undefined(T, T, T ua, T ub) { return upwards<T>(ua | ub); }
+  static T undefined(T, T, T ua, T ub) {
+    return upwards<T>(ua | ub);
+  }
 };
 
 struct AddSaturating {
@@ -26,9 +30,13 @@ struct AddSaturating {
 
 struct Subtract {
   template <class T>
-  static T apply(T a, T b) { return static_cast<T>(a - b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a - b);
+  }
   template <class T>
-  static T undefined(T, T, T ua, T ub) { return upwards<T>(ua | ub); }
+  static T undefined(T, T, T ua, T ub) {
+    return upwards<T>(ua | ub);
+  }
 };
 
 struct SubtractSaturating {
@@ -37,28 +45,42 @@ struct SubtractSaturating {
 
 struct MultiplyLow {
   template <class T>
-  static T apply(T a, T b) { return multiply_low(a, b); }
+  static T apply(T a, T b) {
+    return multiply_low(a, b);
+  }
   template <class T>
-  static T undefined(T, T, T ua, T ub) { return upwards<T>(ua | ub); }
+  static T undefined(T, T, T ua, T ub) {
+    return upwards<T>(ua | ub);
+  }
 };
 
 struct MultiplyHigh {
   template <class T>
-  static T apply(T a, T b) { return multiply_high(a, b); }
+  static T apply(T a, T b) {
+    return multiply_high(a, b);
+  }
 };
 
 struct MultiplyWide {
   template <class T>
-  static Wide<T> apply(T a, T b) { return multiply_wide(a, b); }
+  static Wide<T> apply(T a, T b) {
+    return multiply_wide(a, b);
+  }
   template <class T, class U>
-  static Wide<U> undefined(T, T, U ua, U ub) { return upwards<Wide<U>>(ua | ub); }
+  static Wide<U> undefined(T, T, U ua, U ub) {
+    return upwards<Wide<U>>(ua | ub);
+  }
 };
 
 struct MultiplyAddLow {
   template <class T>
-  static T apply(T a, T b, T c) { return static_cast<T>(multiply_low(a, b) + c); }
+  static T apply(T a, T b, T c) {
+    return static_cast<T>(multiply_low(a, b) + c);
+  }
   template <class T>
-  static T undefined(T, T, T, T ua, T ub, T uc) { return upwards<T>(ua | ub | uc); }
+  static T undefined(T, T, T, T ua, T ub, T uc) {
+    return upwards<T>(ua | ub | uc);
+  }
 };
 
 struct MultiplyAddHigh {
@@ -129,39 +151,55 @@ struct AbsoluteDifferenceAdd {
 
 struct Divide {
   template <class T>
-  static T apply(T a, T b) { return divide(a, b); }
+  static T apply(T a, T b) {
+    return divide(a, b);
+  }
 };
 
 struct Remainder {
   template <class T>
-  static T apply(T a, T b) { return remainder(a, b); }
+  static T apply(T a, T b) {
+    return remainder(a, b);
+  }
 };
 
 struct Negate {
   template <class T>
-  static T apply(T a) { return static_cast<T>(T{0} - a); }
+  static T apply(T a) {
+    return static_cast<T>(T{0} - a);
+  }
   template <class T>
-  static T undefined(T, T ua) { return upwards(ua); }
+  static T undefined(T, T ua) {
+    return upwards(ua);
+  }
 };
 
 struct Absolute {
   template <class T>
-  static T apply(T a) { return a >> (kBits<T> - 1) != 0 ? Negate::apply(a) : a; }
+  static T apply(T a) {
+    return a >> (kBits<T> - 1) != 0 ? Negate::apply(a) : a;
+  }
 };
 
 struct Minimum {
   template <class T>
-  static T apply(T a, T b) { return std::min(a, b); }
+  static T apply(T a, T b) {
+    return std::min(a, b);
+  }
 };
 struct Maximum {
   template <class T>
-  static T apply(T a, T b) { return std::max(a, b); }
+  static T apply(T a, T b) {
+    return std::max(a, b);
+  }
 };
 // .relu: no less than zero.
 template <class Extremum>
 struct Clamped {
   template <class T>
-  static T apply(T a, T b) { return std::max(Extremum::apply(a, b), T{0}); }
+  static T apply(T a, T b) {
+    return std::max(Extremum::apply(a, b), T{0});
+  }
 };
 
 template <bool kSignedA, bool kSignedB, int kCount>
@@ -182,7 +220,9 @@ int32_t dot(uint32_t a, uint32_t b, uint32_t c) {
 // dp4a: four bytes by four bytes.
 template <bool kSignedA, bool kSignedB>
 struct Dot4 {
-  static int32_t apply(uint32_t a, uint32_t b, uint32_t c) { return dot<kSignedA, kSignedB, 4>(a, b, c); }
+  static int32_t apply(uint32_t a, uint32_t b, uint32_t c) {
+    return dot<kSignedA, kSignedB, 4>(a, b, c);
+  }
 };
 // dp2a: two halves by the low or high two bytes.
 template <bool kSignedA, bool kSignedB, bool kHigh>
@@ -198,8 +238,12 @@ Type widened(const Binder& binder, Type type) {
   return type;
 }
 
-bool is(const Type& type, Type::Class cls, int bits) { return type == Type{cls, bits, 1}; }
-bool is_s32(const Type& type) { return is(type, Type::Class::Signed, 32); }
+bool is(const Type& type, Type::Class cls, int bits) {
+  return type == Type{cls, bits, 1};
+}
+bool is_s32(const Type& type) {
+  return is(type, Type::Class::Signed, 32);
+}
 
 template <class Op, class Saturating>
 void bind_sum(Binder& b) {
@@ -230,7 +274,8 @@ void bind_multiply(Binder& b) {
   Type result = type;
   switch (part) {
     case Part::Low:
-      run = for_integer_words(type, [](auto t) { return uniform<1, MultiplyLow, decltype(t), 2>(); });
+      run =
+          for_integer_words(type, [](auto t) { return uniform<1, MultiplyLow, decltype(t), 2>(); });
       break;
     case Part::High:
       run = for_integers(type, [](auto t) { return uniform<1, MultiplyHigh, decltype(t), 2>(); });
@@ -256,16 +301,19 @@ void bind_multiply_add(Binder& b) {
   Type result = type;
   switch (part) {
     case Part::Low:
-      run = for_integer_words(type, [](auto t) { return uniform<1, MultiplyAddLow, decltype(t), 3>(); });
+      run = for_integer_words(type,
+                              [](auto t) { return uniform<1, MultiplyAddLow, decltype(t), 3>(); });
       break;
     case Part::High:
-      run = for_integers(type, [](auto t) { return uniform<1, MultiplyAddHigh, decltype(t), 3>(); });
+      run =
+          for_integers(type, [](auto t) { return uniform<1, MultiplyAddHigh, decltype(t), 3>(); });
       break;
     case Part::Wide:
       result = widened(b, type);
       run = for_integers(type, [](auto t) -> Handler {
         using T = decltype(t);
-        if constexpr (sizeof(T) < 8) return Elementwise<MultiplyAddWide, Wide<T>, T, T, Wide<T>>::run;
+        if constexpr (sizeof(T) < 8)
+          return Elementwise<MultiplyAddWide, Wide<T>, T, T, Wide<T>>::run;
         return nullptr;
       });
       break;
@@ -312,7 +360,8 @@ void bind_multiply_add24(Binder& b) {
 template <class Op, int Sources>
 void bind_plain(Binder& b) {
   const Type type = b.type();
-  const Handler run = for_integers(type, [](auto t) { return uniform<1, Op, decltype(t), Sources>(); });
+  const Handler run =
+      for_integers(type, [](auto t) { return uniform<1, Op, decltype(t), Sources>(); });
   if constexpr (Sources == 2) {
     bind(b, run, type, {type, type});
   } else {
@@ -323,8 +372,9 @@ void bind_plain(Binder& b) {
 template <class Op>
 void bind_sign(Binder& b) {  // abs, neg: of signed types only
   const Type type = b.type();
-  const Handler run = type.is_signed() ? for_words(type, [](auto t) { return uniform<1, Op, decltype(t), 1>(); })
-                                       : nullptr;
+  const Handler run = type.is_signed()
+                          ? for_words(type, [](auto t) { return uniform<1, Op, decltype(t), 1>(); })
+                          : nullptr;
   bind(b, run, type, {type});
 }
 
@@ -335,7 +385,8 @@ void bind_extremum(Binder& b) {
   relu = b.take("relu") || relu;  // the ISA's syntax and its example differ in the order
   Handler run = nullptr;
   if (type.count == 2 && type.bits == 16) {
-    if (type.is_signed()) run = relu ? uniform<2, Clamped<Op>, int16_t, 2>() : uniform<2, Op, int16_t, 2>();
+    if (type.is_signed())
+      run = relu ? uniform<2, Clamped<Op>, int16_t, 2>() : uniform<2, Op, int16_t, 2>();
     if (type.cls == Type::Class::Unsigned && !relu) run = uniform<2, Op, uint16_t, 2>();
   } else if (relu) {
     run = is_s32(type) ? uniform<1, Clamped<Op>, int32_t, 2>() : nullptr;
@@ -349,10 +400,9 @@ template <template <bool, bool> class Dot>
 void bind_dot(Binder& b) {
   const Type x = b.type(), y = b.type();
   if (x.is_float() || y.is_float() || x.bytes() != 4 || y.bytes() != 4) b.unsupported("this form");
-  constexpr Handler kRun[2][2] = {{uniform<1, Dot<false, false>, uint32_t, 3>(),
-                                   uniform<1, Dot<false, true>, uint32_t, 3>()},
-                                  {uniform<1, Dot<true, false>, uint32_t, 3>(),
-                                   uniform<1, Dot<true, true>, uint32_t, 3>()}};
+  constexpr Handler kRun[2][2] = {
+      {uniform<1, Dot<false, false>, uint32_t, 3>(), uniform<1, Dot<false, true>, uint32_t, 3>()},
+      {uniform<1, Dot<true, false>, uint32_t, 3>(), uniform<1, Dot<true, true>, uint32_t, 3>()}};
   bind(b, kRun[x.is_signed()][y.is_signed()], kB32, {x, y, kB32});
 }
 

@@ -1,7 +1,7 @@
 // Logic and shifts (PTX ISA, "Logic and Shift Instructions").
 //
-// Shifts and permutations move undefined bits as they move the others; an undefined amount or selection
-// spoils the whole result.
+// Shifts and permutations move undefined bits as they move the others; an undefined amount or
+// selection spoils the whole result.
 #include "arithmetic/logic.h"
 
 #include "arithmetic/integer.h"
@@ -14,9 +14,13 @@ using ptx::Type;
 
 struct LogicalNot {  // cnot: only the last bit can be other than zero
   template <class U>
-  static U apply(U a) { return a == 0; }
+  static U apply(U a) {
+    return a == 0;
+  }
   template <class U>
-  static U undefined(U a, U ua) { return (a & ~ua) == 0 && ua != 0; }
+  static U undefined(U a, U ua) {
+    return (a & ~ua) == 0 && ua != 0;
+  }
 };
 
 // Any function of three bits, as a table of its eight values: bit 4 a + 2 b + c (PTX ISA, "lop3").
@@ -35,13 +39,14 @@ class Lookup {
   }
 
  private:
-  // The bits for which some row of the table that holds 1 can be met; x1: the bits of x that can be 1.
+  // The bits for which some row of the table that holds 1 can be met; x1: the bits of x that can
+  // be 1.
   static uint32_t reachable(uint32_t table, uint32_t a1, uint32_t a0, uint32_t b1, uint32_t b0,
                             uint32_t c1, uint32_t c0) {
     uint32_t bits = 0;
     for (int row = 0; row < 8; ++row) {
-      const uint32_t met = ((row & 4) != 0 ? a1 : a0) & ((row & 2) != 0 ? b1 : b0) &
-                           ((row & 1) != 0 ? c1 : c0);
+      const uint32_t met =
+          ((row & 4) != 0 ? a1 : a0) & ((row & 2) != 0 ? b1 : b0) & ((row & 1) != 0 ? c1 : c0);
       bits |= (table >> row & 1) != 0 ? met : 0;
     }
     return bits;
@@ -53,7 +58,9 @@ class Lookup {
 // One by one, as shl and shr do; amounts past the width leave zeros or the sign.
 struct ShiftLeft {
   template <class U>
-  static U apply(U a, uint32_t by) { return shift_left(a, by); }
+  static U apply(U a, uint32_t by) {
+    return shift_left(a, by);
+  }
   template <class U>
   static U undefined(U, uint32_t by, U ua, uint32_t uby) {
     return uby != 0 ? static_cast<U>(~U{0}) : shift_left(ua, by);
@@ -62,7 +69,9 @@ struct ShiftLeft {
 
 struct ShiftRight {
   template <class T>
-  static T apply(T a, uint32_t by) { return shift_right(a, by); }
+  static T apply(T a, uint32_t by) {
+    return shift_right(a, by);
+  }
   template <class T, class U>
   static U undefined(T, uint32_t by, U ua, uint32_t uby) {
     if (uby != 0) return static_cast<U>(~U{0});
@@ -70,7 +79,8 @@ struct ShiftRight {
   }
 };
 
-// shf: 32 of the 64 bits of b:a, moved to the left (the high half is kept) or to the right (the low one).
+// shf: 32 of the 64 bits of b:a, moved to the left (the high half is kept) or to the right (the low
+// one).
 template <bool kLeft, bool kClamp>
 struct FunnelShift {
   static uint32_t apply(uint32_t a, uint32_t b, uint32_t by) {
@@ -78,7 +88,8 @@ struct FunnelShift {
     const uint64_t both = uint64_t{b} << 32 | a;
     return static_cast<uint32_t>(kLeft ? both << n >> 32 : both >> n);
   }
-  static uint32_t undefined(uint32_t, uint32_t, uint32_t by, uint32_t ua, uint32_t ub, uint32_t uby) {
+  static uint32_t undefined(uint32_t, uint32_t, uint32_t by, uint32_t ua, uint32_t ub,
+                            uint32_t uby) {
     if ((kClamp ? uby : uby & 31) != 0) return ~uint32_t{0};
     return apply(ua, ub, by);
   }
@@ -167,7 +178,8 @@ void bind_bitwise(Binder& b) {
 
 // lop3.BoolOp: also p = (d != 0) BoolOp q. slots: d, a, b, c, p, q; immediate[1]: and; [2]: !q.
 void run_lookup_predicate(Warp& warp, const Step& step, LaneMask active) {
-  // The test looks at d's value, which has no register where d is `_`: so it is worked out here again.
+  // The test looks at d's value, which has no register where d is `_`: so it is worked out here
+  // again.
   const Lookup lookup(step);
   const Slot *a = &step.slots[1], *b = &step.slots[2], *c = &step.slots[3];
   LaneMask nonzero = 0, unknown = 0;
@@ -232,7 +244,8 @@ void bind_shift_right(Binder& b) {
   const auto shift = [](auto t) -> Handler {
     return Elementwise<ShiftRight, decltype(t), decltype(t), uint32_t>::run;
   };
-  const Handler run = type.cls == Type::Class::Bits ? for_words(type, shift) : for_integers(type, shift);
+  const Handler run =
+      type.cls == Type::Class::Bits ? for_words(type, shift) : for_integers(type, shift);
   bind(b, run, type, {type, kU32});
 }
 

@@ -157,7 +157,9 @@ void bind_transfer(Binder& b, bool load) {
     b.step.slots.push_back(slot);
   };
   if (t->elements == 1) {
-    place(operand);
+    // Triton writes the register in braces all the same.
+    const bool braces = operand.kind == ptx::Operand::Kind::Vector && operand.elements.size() == 1;
+    place(braces ? operand.elements[0] : operand);
   } else {
     if (operand.kind != ptx::Operand::Kind::Vector || static_cast<int>(operand.elements.size()) != t->elements) {
       b.unsupported("a vector of another length");

@@ -1,4 +1,5 @@
-// mov, and generic addresses (PTX ISA, "Data Movement and Conversion Instructions": mov, cvta, isspacep).
+// mov, and generic addresses (PTX ISA, "Data Movement and Conversion Instructions": mov, cvta,
+// isspacep).
 #include "arithmetic/integer.h"
 #include "core/address_space.h"
 #include "instructions/select.h"
@@ -11,9 +12,13 @@ using ptx::Type;
 
 struct Copy {
   template <class U>
-  static U apply(U a) { return a; }
+  static U apply(U a) {
+    return a;
+  }
   template <class U>
-  static U undefined(U, U ua) { return ua; }
+  static U undefined(U, U ua) {
+    return ua;
+  }
 };
 
 void run_predicate(Warp& warp, const Step& step, LaneMask active) {
@@ -91,7 +96,8 @@ Moves moves_of(int bits, size_t parts) {
 void bind_vector(Binder& b, const Type& type, bool packs) {
   const Operand& vector = b.operand(packs ? 1 : 0);
   const Moves moves = moves_of(type.bits, vector.elements.size());
-  if (type.cls != Type::Class::Bits || moves.pack == nullptr) b.unsupported("a vector of this shape");
+  if (type.cls != Type::Class::Bits || moves.pack == nullptr)
+    b.unsupported("a vector of this shape");
   const Type part{Type::Class::Bits, type.bits / static_cast<int>(vector.elements.size()), 1};
   Step& step = b.step;
   step.run = packs ? moves.pack : moves.unpack;
@@ -124,7 +130,8 @@ void bind_move(Binder& b) {
   bind(b, for_words(type, [](auto u) { return uniform<1, Copy, decltype(u), 1>(); }), type, {type});
 }
 
-// Windows are multiples of 2^32: adding or taking one away leaves the bits below alone, and carries above.
+// Windows are multiples of 2^32: adding or taking one away leaves the bits below alone, and carries
+// above.
 class Rebase {
  public:
   explicit Rebase(const Step& step) : distance_(static_cast<uint64_t>(step.immediate[0])) {}
@@ -159,7 +166,8 @@ void bind_address(Binder& b) {
   const Type type = b.type();
   if (type != Type{Type::Class::Unsigned, 64, 1}) b.unsupported("addresses other than .u64");
   b.step.immediate[0] = static_cast<int64_t>(to_space ? uint64_t{0} - window : window);
-  bind(b, window == 0 ? uniform<1, Copy, uint64_t, 1>() : Elementwise<Rebase, uint64_t, uint64_t>::run,
+  bind(b,
+       window == 0 ? uniform<1, Copy, uint64_t, 1>() : Elementwise<Rebase, uint64_t, uint64_t>::run,
        type, {type});
 }
 
@@ -172,10 +180,12 @@ class InWindow {
   uint64_t window_;
 };
 
-// "isspacep.global returns 1 for Kernel Function Parameters as .param window is contained within the
-// .global window" (PTX ISA).
+// "isspacep.global returns 1 for Kernel Function Parameters as .param window is contained within
+// the .global window" (PTX ISA).
 struct InGlobal {
-  static bool apply(uint64_t a) { return !in_window(a, kSharedWindow) && !in_window(a, kLocalWindow); }
+  static bool apply(uint64_t a) {
+    return !in_window(a, kSharedWindow) && !in_window(a, kLocalWindow);
+  }
 };
 
 void bind_is_space(Binder& b) {

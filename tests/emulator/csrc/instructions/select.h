@@ -40,7 +40,8 @@ Handler for_words(const ptx::Type& type, Visit visit) {
   return nullptr;
 }
 
-// Calls `visit(T{})` with the host's integer type; nullptr for types that are no integers of 16 to 64 bits.
+// Calls `visit(T{})` with the host's integer type; nullptr for types that are no integers of 16 to
+// 64 bits.
 template <class Visit>
 Handler for_integers(const ptx::Type& type, Visit visit) {
   if (type.cls == ptx::Type::Class::Unsigned) return for_words(type, visit);
@@ -56,7 +57,8 @@ Handler for_integer_words(const ptx::Type& type, Visit visit) {
   return integer ? for_words(type, visit) : nullptr;
 }
 
-// Roots such as "add" that name instructions of several families: the binders of the other families.
+// Roots such as "add" that name instructions of several families: the binders of the other
+// families.
 void bind_floating(Binder& binder);
 void bind_carry(Binder& binder);
 
@@ -70,8 +72,8 @@ inline bool is_floating(const Binder& binder) {
 // Consumes .rn, .rz, .rm or .rp; false where none comes next.
 bool take_rounding(Binder& binder, Rounding* rounding);
 
-// Ends the binding of an instruction: `run` on the destination and the sources, in the order of the text.
-// Refuses a handler that is none, modifiers left over, and another number of operands.
+// Ends the binding of an instruction: `run` on the destination and the sources, in the order of the
+// text. Refuses a handler that is none, modifiers left over, and another number of operands.
 inline void bind(Binder& binder, Handler run, const ptx::Type& d,
                  std::initializer_list<ptx::Type> sources) {
   if (run == nullptr) binder.unsupported("this form");

@@ -124,7 +124,7 @@ bool store_global(Warp& warp, const Step& step, int lane, uint64_t address, int 
   trace(warp, step, lane, place, bytes, true, ordering.strong);
   if (ordering.strong) warp.block().launch().races.publish(address, warp, lane, ordering);
   uint8_t* data = place.page->data.data() + place.within;
-  if (std::memcmp(data, value, static_cast<size_t>(bytes)) != 0) warp.block().progressed();
+  if (std::memcmp(data, value, static_cast<size_t>(bytes)) != 0) warp.block().changed();
   std::memcpy(data, value, static_cast<size_t>(bytes));
   for (int i = 0; i < bytes; ++i) {
     uint8_t& flag = place.page->flags[place.within + static_cast<uint64_t>(i)];

@@ -57,7 +57,7 @@ bool SharedMemory::store(Warp& warp, const Step& step, int lane, uint32_t addres
     access.same_value = same;
     races.access(access);
   }
-  if (!same) warp.block().progressed();
+  if (!same) warp.block().changed();
   std::memcpy(data(address), value, static_cast<size_t>(bytes));
   std::memcpy(this->undefined(address), undefined, static_cast<size_t>(bytes));
   return true;

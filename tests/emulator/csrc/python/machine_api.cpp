@@ -5,6 +5,8 @@
 
 #include "common/error.h"
 #include "python/json.h"
+#include "runtime/errors.h"
+#include "runtime/limits.h"
 #include "runtime/machine.h"
 
 #define EMULATOR_API extern "C" __attribute__((visibility("default")))
@@ -31,6 +33,20 @@ Result guarded(Result failure, Body body) {
 const char* keep(const std::string& text) {
   answer = text;
   return answer.c_str();
+}
+
+// The device's limits, as for a kernel that opted in to all the shared memory there is.
+void check_limits(const Limits& limits, const Program& kernel, const LaunchShape& shape) {
+  KernelResources resources;
+  resources.static_shared_bytes = kernel.static_shared_bytes;
+  resources.max_dynamic_shared_bytes = limits.shared_per_block_optin - kernel.dynamic_shared_offset;
+  resources.max_threads = kernel.max_threads;
+  resources.required_threads = kernel.required_threads;
+  try {
+    check_launch(limits, resources, shape, shape.dynamic_shared_bytes);
+  } catch (const CudaError& error) {
+    throw ArgumentError(std::string("kernel `") + kernel.name + "`: " + error.what());
+  }
 }
 
 template <class T>
@@ -183,7 +199,9 @@ EMULATOR_API int emulator_launch(int module, const char* name, const uint32_t* s
       launch.block[i] = shape[3 + i];
     }
     launch.dynamic_shared_bytes = dynamic_shared_bytes;
-    machine.launch(machine.kernel(module, name), launch, parameters, bytes);
+    const Program& kernel = machine.kernel(module, name);
+    check_limits(machine.limits, kernel, launch);
+    machine.launch(kernel, launch, parameters, bytes);
     return static_cast<int>(machine.launches.size()) - 1;
   });
 }

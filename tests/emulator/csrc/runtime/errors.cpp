@@ -129,6 +129,11 @@ cudaError_t fail_by_exception(const char* call) {
 cudaError_t run_call(const char* name, const std::function<void()>& body) noexcept {
   const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   if (state().sticky != cudaSuccess) return last_error = state().sticky;
+  return run_in_any_state(name, body);
+}
+
+cudaError_t run_in_any_state(const char* name, const std::function<void()>& body) noexcept {
+  const std::lock_guard<std::recursive_mutex> lock(state().mutex);
   try {
     body();
     return cudaSuccess;

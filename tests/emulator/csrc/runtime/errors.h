@@ -22,6 +22,10 @@ class CudaError : public Error {
 // that corrupts the context no body runs any more, and that error is returned.
 cudaError_t run_call(const char* name, const std::function<void()>& body) noexcept;
 
+// The same after an error that corrupts the context too: for what host code does once and
+// remembers.
+cudaError_t run_in_any_state(const char* name, const std::function<void()>& body) noexcept;
+
 // Throws ArgumentError where the pointer that a call got as `argument` is null.
 void require(const void* pointer, const char* argument);
 

@@ -127,7 +127,7 @@ unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t dynamic_share
 
 cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* dynamic_shared_bytes,
                                        void* stream) {
-  return run_call("__cudaPopCallConfiguration", [&] {
+  return run_in_any_state("__cudaPopCallConfiguration", [&] {
     if (pushed.empty()) throw CudaError(cudaErrorMissingConfiguration, "no <<<...>>> came before");
     const Configuration configuration = pushed.back();
     pushed.pop_back();

@@ -21,13 +21,11 @@ struct KernelResources {
 
 // Throws CudaError with the code that the real call returns:
 // - cudaErrorInvalidConfiguration for a dimension of the grid or the block that is zero or that no
-// kernel
-//   may have, and for too many threads in a block (driver_types.h);
-// - cudaErrorInvalidValue for more threads than the launch bounds allow, other threads than
-// .reqntid
-//   demands, or more dynamic shared memory than the kernel's limit, which is 48 KiB with its static
-//   shared memory unless it opted in. No document names these codes; they are what cuLaunchKernel
-//   was seen to return;
+//   kernel may have, and for too many threads in a block (driver_types.h);
+// - cudaErrorInvalidValue for more threads than the launch bounds allow, for other threads than
+//   .reqntid demands, and for more dynamic shared memory than the kernel's limit: 48 KiB less its
+//   static shared memory, unless it opted in. CUDA's documents do not name this code; it is what
+//   users report of cuLaunchKernel;
 // - cudaErrorLaunchOutOfResources where the registers do not suffice (driver_types.h);
 // - cudaErrorNotSupported for a cluster of several blocks, which are not emulated.
 void check_launch(const Limits& limits, const KernelResources& kernel, const LaunchShape& shape,

@@ -15,6 +15,7 @@ struct Registry {
   std::map<void**, std::shared_ptr<Module>> modules;       // by the handle that the host code holds
   std::map<const void*, std::unique_ptr<Kernel>> kernels;  // by host function
   std::map<const void*, DeviceVariable> variables;         // by host variable
+  std::map<std::string, int> replacements;                 // the Machine's handles, by kernel
 };
 
 // Never destroyed: host code unregisters its fat binaries while the process exits.
@@ -74,7 +75,9 @@ int Module::registers(const std::string& kernel) const {
 }
 
 const Program& Kernel::program() const {
-  const int handle = module->load();
+  const auto replacement = registry().replacements.find(name);
+  const int handle =
+      replacement != registry().replacements.end() ? replacement->second : module->load();
   try {
     Program& program = Machine::instance().kernel(handle, name);
     program.registers = module->registers(name);
@@ -107,6 +110,21 @@ uint64_t DeviceVariable::address() const {
   return address;
 }
 
+const std::string& ptx_of(const std::string& kernel) {
+  for (const auto& [function, registered] : registry().kernels) {
+    if (registered->name == kernel) return registered->module->ptx().text;
+  }
+  throw CudaError(cudaErrorInvalidDeviceFunction, "no kernel " + kernel + " is registered");
+}
+
+void replace_kernel(const std::string& kernel, int handle) {
+  if (handle == 0) {
+    registry().replacements.erase(kernel);
+  } else {
+    registry().replacements[kernel] = handle;
+  }
+}
+
 Kernel& find_kernel(const void* function) {
   const auto found = registry().kernels.find(function);
   if (found != registry().kernels.end()) return *found->second;
@@ -132,7 +150,7 @@ extern "C" {
 
 void** __cudaRegisterFatBinary(void* wrapper) {
   void** handle = nullptr;
-  run_call("__cudaRegisterFatBinary", [&] {
+  run_in_any_state("__cudaRegisterFatBinary", [&] {
     // So that it outlives the host code's exit handler, which is registered after this call.
     Machine::instance();
     auto module = std::make_shared<Module>(wrapper);
@@ -149,7 +167,7 @@ char __cudaInitModule(void** /*module*/) {
 }
 
 void __cudaUnregisterFatBinary(void** handle) {
-  run_call("__cudaUnregisterFatBinary", [&] {
+  run_in_any_state("__cudaUnregisterFatBinary", [&] {
     const std::shared_ptr<Module> module = find_module(handle);
     const auto erase_from = [&module](auto& entries, auto module_of) {
       for (auto it = entries.begin(); it != entries.end();) {
@@ -166,7 +184,7 @@ void __cudaRegisterFunction(void** module, const char* host_function, char* /*de
                             const char* name, int /*thread_limit*/, uint3* /*thread*/,
                             uint3* /*block*/, dim3* /*block_shape*/, dim3* /*grid_shape*/,
                             int* /*warp_size*/) {
-  run_call("__cudaRegisterFunction", [&] {
+  run_in_any_state("__cudaRegisterFunction", [&] {
     registry().kernels[host_function] =
         std::make_unique<Kernel>(Kernel{find_module(module), name, std::nullopt});
   });
@@ -175,11 +193,13 @@ void __cudaRegisterFunction(void** module, const char* host_function, char* /*de
 void __cudaRegisterVar(void** module, char* host_variable, char* /*device_variable*/,
                        const char* name, int /*external*/, size_t bytes, int /*constant*/,
                        int /*global*/) {
-  run_call("__cudaRegisterVar",
-           [&] { registry().variables[host_variable] = {find_module(module), name, bytes}; });
+  run_in_any_state("__cudaRegisterVar", [&] {
+    registry().variables[host_variable] = {find_module(module), name, bytes};
+  });
 }
 
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host_function) {
-  return run_call("__cudaGetKernel", [&] { *kernel = handle_of(find_kernel(host_function)); });
+  return run_in_any_state("__cudaGetKernel",
+                          [&] { *kernel = handle_of(find_kernel(host_function)); });
 }
 }

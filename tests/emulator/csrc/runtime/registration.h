@@ -24,11 +24,10 @@ class Module {
   // The Machine's handle of the PTX for the device that is emulated at present.
   int load();
   int registers(const std::string& kernel) const;
-  int ptx_architecture() const;  // 10 · major + minor
+  int ptx_architecture() const;    // 10 · major + minor
+  const Fatbin::Ptx& ptx() const;  // for the device that is emulated at present
 
  private:
-  const Fatbin::Ptx& ptx() const;
-
   std::optional<Fatbin> fatbin_;
   std::exception_ptr refusal_;                // why there is no fatbin_
   std::map<const Fatbin::Ptx*, int> loaded_;  // to the Machine's handles
@@ -57,6 +56,14 @@ struct DeviceVariable {
 // By the host function's address or by its cudaKernel_t. Throws
 // CudaError(cudaErrorInvalidDeviceFunction).
 Kernel& find_kernel(const void* function);
+
+// The PTX that a kernel is launched from, by the kernel's name. Throws
+// CudaError(cudaErrorInvalidDeviceFunction).
+const std::string& ptx_of(const std::string& kernel);
+
+// From now on every launch of this kernel runs the one of its name in a module of the Machine's;
+// with 0 its own again.
+void replace_kernel(const std::string& kernel, int handle);
 
 // By the host variable's address. Throws CudaError(cudaErrorInvalidSymbol).
 const DeviceVariable& find_variable(const void* symbol);

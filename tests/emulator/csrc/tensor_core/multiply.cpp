@@ -18,7 +18,7 @@ static_assert(sizeof(Columns) == kBlockColumns * sizeof(float));
 // Products of 16-bit and tf32 numbers are exact in fp32, so a fused multiply-add rounds as the
 // separate operations do, wherever the compiler contracts them.
 void multiply_plain(const float* a, const float* b, float* d, int n, int k) {
-  constexpr int kRowsAtOnce = 4;  // independent sums hide the latency of the additions
+  constexpr int kRowsAtOnce = 8;  // independent sums hide the latency of the additions
   for (int column = 0; column < n; column += kBlockColumns) {
     for (int row = 0; row < kTileRows; row += kRowsAtOnce) {
       Columns sum[kRowsAtOnce];

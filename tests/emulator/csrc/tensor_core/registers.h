@@ -4,7 +4,9 @@
 
 #include <bitset>
 #include <cstdint>
+#include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "core/block.h"
 #include "core/warp.h"
@@ -33,22 +35,37 @@ inline Summation summation_of(const Block& block) {
                                                   : Summation{};
 }
 
+// A register of A or of Bᵀ holds eight rows of 16 bytes, one after another: four lanes a row.
+template <TensorFormat format>
+struct OperandRegister {
+  static constexpr int kPacked = 4 / bytes_of(format);
+  static constexpr int kRows = 8, kColumns = 4 * kPacked;
+  using Word = std::conditional_t<kPacked == 2, uint16_t, uint32_t>;
+  Word words[kRows][kColumns];
+
+  OperandRegister(const Warp& warp, const Slot& slot) {
+    static_assert(sizeof words == kLanes * sizeof(uint32_t));
+    std::memcpy(words, warp.lanes<uint32_t>(slot), sizeof words);
+  }
+  // The lanes that hold a row; the row's first value is the first of its lowest lane.
+  static constexpr LaneMask lanes_of(int row) { return LaneMask{0xf} << (4 * row); }
+};
+
 // Reads A (16×k); the result has a bit for each row with something undefined in it.
 template <TensorFormat format>
 uint32_t load_a(const Warp& warp, const Slot* slots, int k, float* a) {
-  constexpr int kPacked = 4 / bytes_of(format);
+  using Register = OperandRegister<format>;
   uint32_t undefined = 0;
   for (int r = 0; r < a_registers(bytes_of(format), k); ++r) {
-    const uint32_t* lanes = warp.lanes<uint32_t>(slots[r]);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < kPacked; ++i) {
-        const Element at = a_element(bytes_of(format), l, r * kPacked + i);
-        a[at.row * k + at.column] = operand_value<format>(lanes[l] >> (16 * i));
-      }
+    const Register values(warp, slots[r]);
+    const LaneMask tainted = warp.tainted(slots[r]);
+    for (int i = 0; i < Register::kRows; ++i) {
+      const Element at = a_element(bytes_of(format), 4 * i, r * Register::kPacked);
+      float* row = a + at.row * k + at.column;
+      for (int j = 0; j < Register::kColumns; ++j)
+        row[j] = operand_value<format>(values.words[i][j]);
+      if ((tainted & Register::lanes_of(i)) != 0) undefined |= 1u << at.row;
     }
-    for_each_lane(warp.tainted(slots[r]), [&](int l) {
-      undefined |= 1u << a_element(bytes_of(format), l, r * kPacked).row;
-    });
   }
   return undefined;
 }
@@ -56,19 +73,19 @@ uint32_t load_a(const Warp& warp, const Slot* slots, int k, float* a) {
 // Reads B (k×8); the result has a bit for each column.
 template <TensorFormat format>
 uint32_t load_b(const Warp& warp, const Slot* slots, int k, float* b) {
-  constexpr int kPacked = 4 / bytes_of(format);
+  using Register = OperandRegister<format>;
   uint32_t undefined = 0;
   for (int r = 0; r < b_registers(bytes_of(format), k); ++r) {
-    const uint32_t* lanes = warp.lanes<uint32_t>(slots[r]);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < kPacked; ++i) {
-        const Element at = b_element(bytes_of(format), l, r * kPacked + i);
-        b[at.row * kBlockColumns + at.column] = operand_value<format>(lanes[l] >> (16 * i));
+    const Register values(warp, slots[r]);
+    const LaneMask tainted = warp.tainted(slots[r]);
+    for (int i = 0; i < Register::kRows; ++i) {
+      const Element at = b_element(bytes_of(format), 4 * i, r * Register::kPacked);
+      float* column = b + at.row * kBlockColumns + at.column;
+      for (int j = 0; j < Register::kColumns; ++j) {
+        column[j * kBlockColumns] = operand_value<format>(values.words[i][j]);
       }
+      if ((tainted & Register::lanes_of(i)) != 0) undefined |= 1u << at.column;
     }
-    for_each_lane(warp.tainted(slots[r]), [&](int l) {
-      undefined |= 1u << b_element(bytes_of(format), l, r * kPacked).column;
-    });
   }
   return undefined;
 }
