@@ -36,7 +36,9 @@ class Mutant:
         """The kernel's PTX with the change. Raises ValueError where it is not the PTX that this was made from."""
         lines = ptx.split("\n")
         if lines[self.line - 1].count(self.original) != 1:
-            raise ValueError(f"line {self.line} of ptx must hold {self.original!r} once: {lines[self.line - 1]!r}")
+            raise ValueError(
+                f"line {self.line} of ptx must hold {self.original!r} once: {lines[self.line - 1]!r}"
+            )
         lines[self.line - 1] = lines[self.line - 1].replace(self.original, self.changed)
         return "\n".join(lines)
 
@@ -48,7 +50,8 @@ class _Instruction:
     operands: list[str]
 
     def write(self, *, opcode: str | None = None, operands: list[str] | None = None) -> str:
-        return f"{self.guard}{opcode or self.opcode} {', '.join(self.operands if operands is None else operands)};"
+        text = ", ".join(self.operands if operands is None else operands)
+        return f"{self.guard}{opcode or self.opcode} {text}".rstrip() + ";"
 
 
 # A change gives the new text, or None where it does not apply to this instruction.
@@ -110,7 +113,9 @@ def _expect_half(instruction: _Instruction) -> str:
 def _arrive_without_bytes(instruction: _Instruction) -> str | None:
     if ".arrive" not in instruction.opcode:
         return None
-    return instruction.write(opcode=instruction.opcode.replace(".expect_tx", ""), operands=instruction.operands[:-1])
+    return instruction.write(
+        opcode=instruction.opcode.replace(".expect_tx", ""), operands=instruction.operands[:-1]
+    )
 
 
 def _one_arrival_more(instruction: _Instruction) -> str:
@@ -145,8 +150,8 @@ _KINDS: tuple[tuple[str, str, dict[str, _Change]], ...] = (
     ),
     ("mbarrier.arrive", r"mbarrier\.arrive\b", {"delete": _delete}),
     ("mbarrier.wait", r"mbarrier\.(try|test)_wait\b", {"pass": _pass, "flip the parity": _flip_parity}),
-    ("acquire", r"(ld|atom)\.\S*\.acquire\b", {"relax": _relax}),
-    ("release", r"(st|atom|red)\.\S*\.(release|acq_rel)\b", {"relax": _relax}),
+    ("acquire", r"(ld|atom)\b\S*\.acquire\b", {"relax": _relax}),
+    ("release", r"(st|atom|red)\b\S*\.(release|acq_rel)\b", {"relax": _relax}),
 )
 
 _STATEMENT = re.compile(r"(?P<guard>@!?[%$\w]+\s+)?(?P<opcode>[a-z][\w.:]+)(?P<operands>(\s[^;]*)?);")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulator.__main__ import main
+from tests.emulator.native import library
 
 SOURCE = """
 extern "C" __global__ void scale(const float* x, float* y, float a, int n) {
@@ -18,6 +19,7 @@ extern "C" __global__ void scale(const float* x, float* y, float a, int n) {
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
+    library()  # built where it always is, before the cache of compiled kernels moves
     monkeypatch.setattr("tests.emulator.toolchain.CACHE", tmp_path / "cache")
     path = tmp_path / "scale.cu"
     path.write_text(SOURCE)

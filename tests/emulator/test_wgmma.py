@@ -14,7 +14,8 @@ from tests.emulator.test_mma import HEADER, braces, names
 from tests.emulator.test_tensor_core_rounding import bits, multiply, operands
 
 BASE = 1024  # where a block's shared memory begins
-SHARED = 64 * 1024
+SHARED = 48 * 1024
+B_AT = 16 * 1024  # from the beginning
 
 
 @dataclass
@@ -134,7 +135,7 @@ class Case:
         self.c = torch.cat([part[2] for part in parts])
         self.registers = n * (2 if half else 4) // 8
         self.in_a = Operand(self.a, BASE, mode, a_major)
-        self.in_b = Operand(self.b.T.contiguous(), BASE + 32 * 1024, mode, b_major)
+        self.in_b = Operand(self.b.T.contiguous(), BASE + B_AT, mode, b_major)
 
     def image(self):
         image = np.zeros(SHARED, np.uint8)
@@ -337,7 +338,7 @@ WRONG = {
     ),
     "B refilled in flight": (
         "%da",
-        FENCE + "{mma}" + COMMIT + "mov.u32 %x, tile; st.shared.b32 [%x+32768], 0;\n" + WAIT,
+        FENCE + "{mma}" + COMMIT + "mov.u32 %x, tile; st.shared.b32 [%x+16384], 0;\n" + WAIT,
         "asynchronous",
     ),
     "B refilled by another warp without a barrier": (
@@ -347,7 +348,7 @@ WRONG = {
         + "{mma}"
         + COMMIT
         + WAIT
-        + "mov.u32 %x, tile; @%q st.shared.b32 [%x+32768], 0;\n{mma}"
+        + "mov.u32 %x, tile; @%q st.shared.b32 [%x+16384], 0;\n{mma}"
         + COMMIT
         + WAIT,
         "proxy",
@@ -409,7 +410,7 @@ def test_the_data_is_read_as_late_as_it_may_be():
 def test_one_warp_may_release_the_operands_for_all_four(order, warp):
     """Whoever has waited knows that the whole warpgroup's operation is done, so a fifth warp may refill."""
     case = Case()
-    produce = "\n".join(f"st.shared.b32 [%s+{128 * i}], -1;" for i in range(512))
+    produce = "\n".join(f"st.shared.b32 [%s+{128 * i}], -1;" for i in range(SHARED // 128))
     body = f"""setp.ge.u32 %q, %w, 4;
         @%q bra PRODUCER;
         {FENCE}{case.instruction()}
@@ -425,6 +426,27 @@ def test_one_warp_may_release_the_operands_for_all_four(order, warp):
     d, _, result = case.run(body, machine=Machine("h100", order=order), threads=160)
     result.assert_clean()
     np.testing.assert_array_equal(d, case.expected(case.c))
+
+
+def test_the_warps_of_a_warpgroup_run_the_same_instruction():
+    case = Case()
+    wider = f"wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {braces(names('d', 8) + names('e', 8))}"
+    body = f"""{FENCE}setp.eq.u32 %q, %w, 2;
+        @%q bra OTHER;
+        {case.instruction()}
+        bra ON;
+        OTHER: {wider}, %da, %db, 0, 1, 1, 0, 0;
+        ON: {COMMIT}{WAIT}
+    """
+    result = case.run(body)[2]
+    assert "convergence" in result.kinds()
+    assert not result.only.completed
+
+
+def test_a_warpgroup_has_four_warps():
+    case = Case()
+    result = case.run(ISSUE.format(mma=case.instruction()), threads=96)[2]
+    assert "convergence" in result.kinds()
 
 
 def test_a_wait_takes_all_four_warps():

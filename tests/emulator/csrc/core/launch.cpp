@@ -112,14 +112,17 @@ void Launch::run() {
   }
 }
 
+bool Launch::repeats(Check check, int ptx_line) {
+  const auto found = seen_.find({check, ptx_line});
+  if (found == seen_.end()) return false;
+  ++record.findings[found->second].count;
+  return true;
+}
+
 void Launch::report(Finding finding) {
-  const uint64_t key = static_cast<uint64_t>(finding.check) << 32 | static_cast<uint32_t>(finding.ptx_line);
-  const auto [at, fresh] = seen_.try_emplace(key, record.findings.size());
-  if (fresh) {
-    record.findings.push_back(std::move(finding));
-  } else {
-    ++record.findings[at->second].count;
-  }
+  if (repeats(finding.check, finding.ptx_line)) return;
+  seen_[{finding.check, finding.ptx_line}] = record.findings.size();
+  record.findings.push_back(std::move(finding));
 }
 
 }  // namespace emulator

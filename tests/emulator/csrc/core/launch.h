@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/block.h"
@@ -36,12 +37,14 @@ class Launch {
   int id;  // tells this launch's page stamps from earlier ones'
 
   void report(Finding finding);
+  // Whether this check has found something at this line before; then it counts once more.
+  bool repeats(Check check, int ptx_line);
   int threads() const { return static_cast<int>(shape.block[0] * shape.block[1] * shape.block[2]); }
 
  private:
   int blocks_at_once() const;
 
-  std::unordered_map<uint64_t, size_t> seen_;  // (check, pc) to the finding's index
+  std::map<std::pair<Check, int>, size_t> seen_;  // (check, PTX line) to the finding's index
 };
 
 }  // namespace emulator

@@ -92,6 +92,7 @@ uint64_t Warp::value(const Slot& slot, int lane) const {
 
 void Warp::report(Check check, const Step& step, int lane, const std::string& message, const std::string& buffer,
                   int64_t offset) {
+  if (block_.launch().repeats(check, step.source->at.ptx_line)) return;
   Finding finding;
   finding.check = check;
   finding.message = message;

@@ -32,14 +32,16 @@ bool SharedMemory::refuse(Warp& warp, const Step& step, int lane, uint32_t addre
 }
 
 bool SharedMemory::load(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, void* value,
-                        uint8_t* undefined) {
+                        uint8_t* undefined, bool async_proxy) {
   if (address % static_cast<uint32_t>(bytes) != 0 || !inside(address, static_cast<uint64_t>(bytes))) {
     std::memset(value, 0, static_cast<size_t>(bytes));
     std::memset(undefined, 0, static_cast<size_t>(bytes));
     return refuse(warp, step, lane, address, bytes, "reads");
   }
   if (warp.block().settings().check_races) {
-    races.access({&warp, &step, lane, address, static_cast<uint32_t>(bytes), false});
+    SharedRaces::Access access{&warp, &step, lane, address, static_cast<uint32_t>(bytes), false};
+    access.async_proxy = async_proxy;
+    races.access(access);
   }
   std::memcpy(value, data(address), static_cast<size_t>(bytes));
   std::memcpy(undefined, this->undefined(address), static_cast<size_t>(bytes));
@@ -60,23 +62,6 @@ bool SharedMemory::store(Warp& warp, const Step& step, int lane, uint32_t addres
   if (!same) warp.block().changed();
   std::memcpy(data(address), value, static_cast<size_t>(bytes));
   std::memcpy(this->undefined(address), undefined, static_cast<size_t>(bytes));
-  return true;
-}
-
-bool SharedMemory::load_async(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, void* value,
-                              uint8_t* undefined) {
-  if (address % static_cast<uint32_t>(bytes) != 0 || !inside(address, static_cast<uint64_t>(bytes))) {
-    std::memset(value, 0, static_cast<size_t>(bytes));
-    std::memset(undefined, 0, static_cast<size_t>(bytes));
-    return refuse(warp, step, lane, address, bytes, "reads");
-  }
-  if (warp.block().settings().check_races) {
-    SharedRaces::Access access{&warp, &step, lane, address, static_cast<uint32_t>(bytes), false};
-    access.async_proxy = true;
-    races.access(access);
-  }
-  std::memcpy(value, data(address), static_cast<size_t>(bytes));
-  std::memcpy(undefined, this->undefined(address), static_cast<size_t>(bytes));
   return true;
 }
 

@@ -26,14 +26,12 @@ class SharedMemory {
 
   // An ordinary (generic proxy) access by one lane. `undefined` has 0xff for every undefined byte.
   // False: nothing was done, a finding was recorded, and a load's value is zero and defined.
+  // `async_proxy`: for wgmma's operands; bytes that ordinary stores wrote must have been ordered by
+  // fence.proxy.async as well.
   bool load(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, void* value,
-            uint8_t* undefined);
+            uint8_t* undefined, bool async_proxy = false);
   bool store(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, const void* value,
              const uint8_t* undefined);
-  // The same through the async proxy (wgmma operands, bulk copies), on behalf of `lane` of `warp`:
-  // bytes that ordinary stores wrote must have been ordered by fence.proxy.async as well.
-  bool load_async(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, void* value,
-                  uint8_t* undefined);
 
   // Unchecked: for what the asynchronous agents do once they have been checked.
   uint8_t* data(uint32_t address) { return bytes_.data() + (address - kSharedBase); }

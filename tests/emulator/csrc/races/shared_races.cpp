@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/block.h"
+#include "core/launch.h"
 #include "core/warp.h"
 #include "memory/shared_memory.h"
 
@@ -68,6 +69,9 @@ bool SharedRaces::is_proxied(const Entry& entry, const Access& access) const {
 
 void SharedRaces::report(const Entry& entry, const Access& access, uint32_t address, bool proxy) {
   Warp& warp = *access.warp;
+  const Check check = entry.epoch == kUnderWay ? Check::Asynchronous : proxy ? Check::Proxy : Check::Race;
+  // A missing wait is found at every word of a tile: only the first is put into words.
+  if (warp.block().launch().repeats(check, access.step->source->at.ptx_line)) return;
   const Step& other = warp.block().program().steps[static_cast<size_t>(entry.pc)];
   const int thread = entry.warp * kLanes + first_lane(entry.lanes);
   std::string who = "thread " + std::to_string(thread);
@@ -79,15 +83,15 @@ void SharedRaces::report(const Entry& entry, const Access& access, uint32_t addr
   if (entry.epoch == kUnderWay) {
     const std::string verb = entry.write ? " is still writing" : " is still reading";
     const std::string asynchronously = " asynchronously";
-    warp.report(Check::Asynchronous, *access.step, access.lane,
+    warp.report(check, *access.step, access.lane,
                 std::string(access.write ? "writes " : "reads ") + warp.block().shared().describe(address) +
                     ", which " + who + verb + asynchronously + where);
   } else if (proxy) {
-    warp.report(Check::Proxy, *access.step, access.lane,
+    warp.report(check, *access.step, access.lane,
                 "the async proxy " + what + " with ordinary instructions" + where +
                     ": no fence.proxy.async orders them");
   } else {
-    warp.report(Check::Race, *access.step, access.lane, what + where + ": nothing orders them");
+    warp.report(check, *access.step, access.lane, what + where + ": nothing orders them");
   }
 }
 

@@ -1,75 +1,13 @@
 #include <algorithm>
-#include <bitset>
-#include <cstring>
+#include <string>
 
 #include "core/block.h"
+#include "core/launch.h"
 #include "memory/shared_memory.h"
 #include "tensor_core/multiply.h"
 #include "tensor_core/wgmma.h"
 
 namespace emulator {
-
-namespace {
-
-constexpr uint32_t kChunk = 16;
-
-using Rows = std::bitset<kMaxColumns>;  // of A, or of Bᵀ
-
-// Calls `visit(address, row, k)` for each 16-byte chunk of a matrix; the chunk's elements follow
-// one another along K, or along the rows when it is MN-major.
-template <class Visit>
-void for_each_chunk(const MatrixDescriptor& matrix, bool mn_major, TensorFormat format,
-                    uint32_t first_row, uint32_t rows, uint32_t k, Visit visit) {
-  const auto bytes = static_cast<uint32_t>(bytes_of(format));
-  const uint32_t row_step = mn_major ? kChunk / bytes : 1, k_step = mn_major ? 1 : kChunk / bytes;
-  for (uint32_t row = 0; row < rows; row += row_step) {
-    for (uint32_t i = 0; i < k; i += k_step) {
-      visit(element_address(matrix, mn_major, bytes, first_row + row, i), row, i);
-    }
-  }
-}
-
-float decode_at(TensorFormat format, const uint8_t* bytes) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, bytes, static_cast<size_t>(bytes_of(format)));
-  switch (format) {
-    case TensorFormat::F16:
-      return operand_value<TensorFormat::F16>(bits);
-    case TensorFormat::BF16:
-      return operand_value<TensorFormat::BF16>(bits);
-    default:
-      return operand_value<TensorFormat::TF32>(bits);
-  }
-}
-
-// Reads a matrix into values[row · row_stride + k · k_stride]; the result has the rows with
-// something undefined. What lies outside shared memory was reported at issue and counts as zero.
-Rows gather(SharedMemory& shared, const MatrixDescriptor& matrix, bool mn_major,
-            TensorFormat format, uint32_t first_row, uint32_t rows, uint32_t k, float sign,
-            float* values, uint32_t row_stride, uint32_t k_stride) {
-  Rows undefined;
-  const auto bytes = static_cast<uint32_t>(bytes_of(format));
-  const uint32_t stride = mn_major ? row_stride : k_stride;
-  for_each_chunk(matrix, mn_major, format, first_row, rows, k,
-                 [&](uint32_t address, uint32_t row, uint32_t i) {
-                   float* to = values + row * row_stride + i * k_stride;
-                   if (!shared.inside(address, kChunk)) {
-                     for (uint32_t e = 0; e < kChunk / bytes; ++e) to[e * stride] = 0;
-                     return;
-                   }
-                   const uint8_t* from = shared.data(address);
-                   for (uint32_t e = 0; e < kChunk / bytes; ++e) {
-                     to[e * stride] = sign * decode_at(format, from + e * bytes);
-                   }
-                   const uint8_t* bad = shared.undefined(address);
-                   for (uint32_t byte = 0; byte < kChunk; ++byte) {
-                     if (bad[byte] != 0) undefined.set(row + (mn_major ? byte / bytes : 0));
-                   }
-                 });
-  return undefined;
-}
-
-}  // namespace
 
 Warpgroup& Warpgroup::of(Warp& warp) {
   if (!warp.wgmma_queue) {
@@ -96,8 +34,7 @@ bool Warpgroup::issued_by_all(uint64_t end) {
                      [end](const Member& m) { return m.issued >= end; });
 }
 
-// ---- issue
-// ------------------------------------------------------------------------------------------
+// ---- issue ---------------------------------------------------------------------------
 
 namespace {
 
@@ -114,6 +51,14 @@ uint64_t uniform(Warp& warp, const Step& step, const Slot& slot, const char* nam
   return value;
 }
 
+// The first of the registers that an instruction after number `serial` wrote; −1: none.
+int first_written_after(const Warp& warp, const Slot* slots, int count, uint64_t serial) {
+  for (int r = 0; r < count; ++r) {
+    if (warp.written(slots[r]) > serial) return r;
+  }
+  return -1;
+}
+
 bool uniform_predicate(Warp& warp, const Step& step, const Slot& slot) {
   warp.require_defined(step, slot, kAllLanes, "is scale-d");
   const LaneMask holds = warp.predicate(slot);
@@ -125,25 +70,17 @@ bool uniform_predicate(Warp& warp, const Step& step, const Slot& slot) {
 
 }  // namespace
 
-void Warpgroup::issue(Warp& warp, const Step& step) {
+// The operation that the warp comes to next; the first warp to come makes it.
+Warpgroup::Operation& Warpgroup::join(Warp& warp, const Step& step) {
   const auto& wgmma = static_cast<const Wgmma&>(*step.detail);
   const Slot* a = step.slots.data() + wgmma.registers();
-  const int a_slots = wgmma.a_in_registers ? a_registers(bytes_of(wgmma.format), wgmma.k) : 1;
-  const Slot* b = a + a_slots;
+  const Slot* b = a + wgmma.a_slots();
   const bool has_predicate = b + 1 != step.slots.data() + step.slots.size();
   const bool accumulate =
       has_predicate ? uniform_predicate(warp, step, b[1]) != wgmma.scale_d_negated : wgmma.scale_d;
   const uint64_t a_descriptor =
-      wgmma.a_in_registers ? 0 : uniform(warp, step, a[0], "the descriptor of A");
-  const uint64_t b_descriptor = uniform(warp, step, b[0], "the descriptor of B");
-  if (warps_ < kWarpsOfGroup) {
-    warp.report(Check::Convergence, step, 0,
-                "the warpgroup has only " + std::to_string(warps_) + " of its 4 warps");
-  }
-  if (warp.wgmma_fence_serial == 0) {
-    warp.report(Check::Asynchronous, step, 0, "wgmma.mma_async before the first wgmma.fence");
-  }
-
+      wgmma.a_in_registers ? 0 : uniform(warp, step, *a, "the descriptor of A");
+  const uint64_t b_descriptor = uniform(warp, step, *b, "the descriptor of B");
   Member& mine = member(warp);
   if (mine.issued == first_ + operations_.size()) {
     operations_.emplace_back();
@@ -152,42 +89,42 @@ void Warpgroup::issue(Warp& warp, const Step& step) {
     made.a = a_descriptor;
     made.b = b_descriptor;
     made.accumulate = accumulate;
+    return made;
   }
-  Operation& operation = this->operation(mine.issued);
-  if (operation.step != &step || operation.a != a_descriptor || operation.b != b_descriptor ||
-      operation.accumulate != accumulate) {
-    warp.report(
-        Check::Convergence, step, 0,
-        "the warps of a warpgroup disagree on an operation's instruction, descriptors or scale-d");
+  Operation& joined = operation(mine.issued);
+  if (joined.step != &step) {
+    const std::string what = "the warps of a warpgroup run different wgmma.mma_async instructions";
+    warp.report(Check::Convergence, step, 0, what);
+    throw LaunchEnd(what);  // there is no operation that they are parts of
   }
+  if (joined.a != a_descriptor || joined.b != b_descriptor || joined.accumulate != accumulate) {
+    warp.report(Check::Convergence, step, 0,
+                "the warps of a warpgroup disagree on a descriptor or on scale-d");
+  }
+  return joined;
+}
 
-  Part& part = operation.parts[static_cast<size_t>(warp.index() % kWarpsOfGroup)];
+void Warpgroup::issue(Warp& warp, const Step& step) {
+  const auto& wgmma = static_cast<const Wgmma&>(*step.detail);
+  if (warps_ < kWarpsOfGroup) {
+    warp.report(Check::Convergence, step, 0,
+                "the warpgroup has only " + std::to_string(warps_) + " of its 4 warps");
+  }
+  if (warp.wgmma_fence_serial == 0) {
+    warp.report(Check::Asynchronous, step, 0, "wgmma.mma_async before the first wgmma.fence");
+  }
+  Operation& operation = join(warp, step);
+  Part& part = operation.parts[static_cast<size_t>(place_of(warp))];
   part.issued = warp.serial();
-  part.accumulate = accumulate;
-  const uint32_t first_row = static_cast<uint32_t>(kTileRows * (warp.index() % kWarpsOfGroup));
   if (wgmma.a_in_registers) {
-    for (int r = 0; r < a_slots; ++r) {
-      if (warp.written(a[r]) <= warp.wgmma_fence_serial) continue;
-      warp.report(
-          Check::Asynchronous, step, 0,
-          "register " + std::to_string(r) + " of A was modified after the last wgmma.fence");
-      break;
-    }
-    part.a.resize(static_cast<size_t>(kTileRows * wgmma.k));
-    const auto load = wgmma.format == TensorFormat::F16    ? load_a<TensorFormat::F16>
-                      : wgmma.format == TensorFormat::BF16 ? load_a<TensorFormat::BF16>
-                                                           : load_a<TensorFormat::TF32>;
-    part.undefined_rows = load(warp, a, wgmma.k, part.a.data());
-    for (float& value : part.a) value *= wgmma.a_sign;
+    take_a(warp, step, &part);
   } else {
-    announce(warp, step, MatrixDescriptor(a_descriptor), wgmma.a_mn_major, first_row, kTileRows,
-             &operation.tickets);
+    announce(warp, step, wgmma.a(operation.a, place_of(warp)), &operation.tickets);
   }
-  announce(warp, step, MatrixDescriptor(b_descriptor), wgmma.b_mn_major, 0,
-           static_cast<uint32_t>(wgmma.n), &operation.tickets);
-  part.accumulator = &take_accumulator(mine, step, accumulate);
+  announce(warp, step, wgmma.b(operation.b), &operation.tickets);
+  part.accumulator = &take_accumulator(warp, step, operation.accumulate);
 
-  ++mine.issued;
+  ++member(warp).issued;
   if (++operation.issued < warps_) return;
   for (int w = 0; w < warps_; ++w) {
     Member& other = members_[static_cast<size_t>(w)];
@@ -198,23 +135,40 @@ void Warpgroup::issue(Warp& warp, const Step& step) {
   }
 }
 
-Warpgroup::Accumulator& Warpgroup::take_accumulator(Member& member, const Step& step,
-                                                    bool accumulate) {
-  Warp& warp = *member.warp;
+// A register's values at issue are those that count: what changes them before the wait is a
+// finding.
+void Warpgroup::take_a(Warp& warp, const Step& step, Part* part) {
+  const auto& wgmma = static_cast<const Wgmma&>(*step.detail);
+  const Slot* a = step.slots.data() + wgmma.registers();
+  const int touched = first_written_after(warp, a, wgmma.a_slots(), warp.wgmma_fence_serial);
+  if (touched >= 0) {
+    warp.report(
+        Check::Asynchronous, step, 0,
+        "register " + std::to_string(touched) + " of A was modified after the last wgmma.fence");
+  }
+  part->a.resize(static_cast<size_t>(kTileRows * wgmma.k));
+  const auto load = wgmma.format == TensorFormat::F16    ? load_a<TensorFormat::F16>
+                    : wgmma.format == TensorFormat::BF16 ? load_a<TensorFormat::BF16>
+                                                         : load_a<TensorFormat::TF32>;
+  part->undefined_rows = load(warp, a, wgmma.k, part->a.data());
+  for (float& value : part->a) value *= wgmma.a_sign;
+}
+
+Warpgroup::Accumulator& Warpgroup::take_accumulator(Warp& warp, const Step& step, bool accumulate) {
   const auto& wgmma = static_cast<const Wgmma&>(*step.detail);
   const Slot* d = step.slots.data();
-  Accumulator& accumulator = member.accumulators[wgmma.accumulator];
+  Accumulator& accumulator = member(warp).accumulators[wgmma.accumulator];
   const bool same_shape = accumulator.step == nullptr ||
                           wgmma.same_shape(static_cast<const Wgmma&>(*accumulator.step->detail));
   if (accumulator.in_flight == 0) {
-    for (int r = 0; r < wgmma.registers(); ++r) {
-      const uint64_t written = warp.written(d[r]);
-      if (written <= warp.wgmma_fence_serial) continue;
-      if (same_shape && written == accumulator.stored) continue;
+    // What a wgmma of the same shape left in the registers needs no fence.
+    const uint64_t ordered = same_shape ? std::max(warp.wgmma_fence_serial, accumulator.stored)
+                                        : warp.wgmma_fence_serial;
+    const int touched = first_written_after(warp, d, wgmma.registers(), ordered);
+    if (touched >= 0) {
       warp.report(Check::Asynchronous, step, 0,
-                  "register " + std::to_string(r) +
+                  "register " + std::to_string(touched) +
                       " of the accumulator was modified after the last wgmma.fence");
-      break;
     }
     accumulator.issued = warp.serial();
     accumulator.values.assign(static_cast<size_t>(kTileRows * wgmma.n), 0.0f);
@@ -238,37 +192,28 @@ Warpgroup::Accumulator& Warpgroup::take_accumulator(Member& member, const Step& 
   return accumulator;
 }
 
-// Checks the operand's bytes, and tells the race checks that they are being read from now on.
-void Warpgroup::announce(Warp& warp, const Step& step, const MatrixDescriptor& matrix,
-                         bool mn_major, uint32_t first_row, uint32_t rows,
+// Tells the race checks that the operand is being read from now on.
+void Warpgroup::announce(Warp& warp, const Step& step, const SharedOperand& operand,
                          std::vector<uint32_t>* tickets) {
-  const auto& wgmma = static_cast<const Wgmma&>(*step.detail);
   SharedMemory& shared = block_.shared();
-  std::vector<uint32_t> chunks;
-  for_each_chunk(matrix, mn_major, wgmma.format, first_row, rows, static_cast<uint32_t>(wgmma.k),
-                 [&](uint32_t address, uint32_t, uint32_t) { chunks.push_back(address); });
-  std::sort(chunks.begin(), chunks.end());
-  for (size_t i = 0; i < chunks.size();) {
-    if (!shared.inside(chunks[i], kChunk)) {
-      uint8_t value[kChunk], undefined[kChunk];
-      shared.load_async(warp, step, 0, chunks[i], kChunk, value,
-                        undefined);  // refuses, and says so
-      ++i;
+  for (const SharedOperand::Range& range : operand.ranges()) {
+    if (shared.inside(range.begin, range.end - range.begin)) {
+      if (!block_.settings().check_races) continue;
+      SharedRaces::Access read{&warp, &step, 0, range.begin, range.end - range.begin, false};
+      read.async_proxy = true;
+      tickets->push_back(shared.races.begin(read));
       continue;
     }
-    const uint32_t begin = chunks[i];
-    uint32_t end = begin;
-    while (i < chunks.size() && chunks[i] <= end && shared.inside(chunks[i], kChunk))
-      end = chunks[i++] + kChunk;
-    if (!block_.settings().check_races) continue;
-    SharedRaces::Access read{&warp, &step, 0, begin, end - begin, false};
-    read.async_proxy = true;
-    tickets->push_back(shared.races.begin(read));
+    for (uint32_t at = range.begin; at < range.end; at += SharedOperand::kChunk) {
+      uint8_t value[SharedOperand::kChunk], undefined[SharedOperand::kChunk];
+      if (shared.inside(at, sizeof value)) continue;
+      shared.load(warp, step, 0, at, sizeof value, value, undefined, true);  // refuses, and says so
+      break;
+    }
   }
 }
 
-// ---- groups
-// -----------------------------------------------------------------------------------------
+// ---- groups --------------------------------------------------------------------------
 
 void Warpgroup::commit(Warp& warp) {
   Member& mine = member(warp);
@@ -292,28 +237,27 @@ void Warpgroup::execute(Operation& operation) {
   SharedMemory& shared = block_.shared();
   const auto n = static_cast<uint32_t>(wgmma.n), k = static_cast<uint32_t>(wgmma.k);
   std::vector<float> a(kTileRows * k), b(k * n);
-  const Rows columns = gather(shared, MatrixDescriptor(operation.b), wgmma.b_mn_major, wgmma.format,
-                              0, n, k, wgmma.b_sign, b.data(), 1, n);
+  const SharedOperand::Rows columns =
+      wgmma.b(operation.b).read(shared, wgmma.b_sign, b.data(), 1, n);
   const Summation summation = summation_of(block_);
   for (int w = 0; w < warps_; ++w) {
     Part& part = operation.parts[static_cast<size_t>(w)];
     Accumulator& d = *part.accumulator;
-    uint32_t rows = part.undefined_rows;
-    if (!wgmma.a_in_registers) {
-      const Rows undefined =
-          gather(shared, MatrixDescriptor(operation.a), wgmma.a_mn_major, wgmma.format,
-                 static_cast<uint32_t>(kTileRows * w), kTileRows, k, wgmma.a_sign, a.data(), k, 1);
-      rows = static_cast<uint32_t>(undefined.to_ulong());
-    }
-    if (!part.accumulate) {
+    if (!operation.accumulate) {
       std::fill(d.values.begin(), d.values.end(), 0.0f);
       d.undefined.reset();
     }
-    multiply(wgmma.format, wgmma.half, summation, wgmma.a_in_registers ? part.a.data() : a.data(),
-             b.data(), d.values.data(), wgmma.n, wgmma.k);
-    if (rows != 0 || columns.any()) {
+    if (!wgmma.a_in_registers) {
+      const SharedOperand::Rows rows =
+          wgmma.a(operation.a, w).read(shared, wgmma.a_sign, a.data(), k, 1);
+      part.undefined_rows = static_cast<uint32_t>(rows.to_ulong());
+    }
+    const float* left = wgmma.a_in_registers ? part.a.data() : a.data();
+    multiply(wgmma.format, wgmma.half, summation, left, b.data(), d.values.data(), wgmma.n,
+             wgmma.k);
+    if (part.undefined_rows != 0 || columns.any()) {
       const auto whole = [&columns](int column) { return columns[static_cast<size_t>(column)]; };
-      spread_undefined<kMaxColumns>(rows, whole, wgmma.n, &d.undefined);
+      spread_undefined<kMaxColumns>(part.undefined_rows, whole, wgmma.n, &d.undefined);
     }
   }
   operation.epoch = block_.advance(agent_);
@@ -345,24 +289,22 @@ void Warpgroup::finish(Member& member, const Operation& operation, Part& part) {
   const Step& step = *operation.step;
   const Wgmma& wgmma = operation.wgmma();
   const auto check_untouched = [&](const Slot* slots, int count, uint64_t since, const char* what) {
-    for (int r = 0; r < count; ++r) {
-      if (warp.written(slots[r]) <= since) continue;
-      warp.report(Check::Asynchronous, step, 0,
-                  "register " + std::to_string(r) + " of " + what +
-                      " was modified before a wgmma.wait_group covered the operation");
-      return;
-    }
+    const int touched = first_written_after(warp, slots, count, since);
+    if (touched < 0) return;
+    warp.report(Check::Asynchronous, step, 0,
+                "register " + std::to_string(touched) + " of " + what +
+                    " was modified before a wgmma.wait_group covered the operation");
   };
+  const Slot* d_slots = step.slots.data();
   if (wgmma.a_in_registers) {
-    check_untouched(step.slots.data() + wgmma.registers(),
-                    a_registers(bytes_of(wgmma.format), wgmma.k), part.issued, "A");
+    check_untouched(d_slots + wgmma.registers(), wgmma.a_slots(), part.issued, "A");
   }
   Accumulator& d = *part.accumulator;
   if (--d.in_flight != 0) return;
-  check_untouched(step.slots.data(), wgmma.registers(), d.issued, "the accumulator");
+  check_untouched(d_slots, wgmma.registers(), d.issued, "the accumulator");
   const auto store =
       wgmma.half ? store_accumulator<true, kMaxColumns> : store_accumulator<false, kMaxColumns>;
-  store(warp, step.slots.data(), wgmma.n, d.values.data(), d.undefined);
+  store(warp, d_slots, wgmma.n, d.values.data(), d.undefined);
   d.stored = warp.serial();
 }
 

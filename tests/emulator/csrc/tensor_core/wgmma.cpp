@@ -91,7 +91,7 @@ void bind_mma_async(Binder& binder) {
   }
   wgmma->a_in_registers = binder.operand(1).kind == ptx::Operand::Kind::Vector;
   if (wgmma->a_in_registers) {
-    bind_registers(binder, 1, a_registers(bytes_of(wgmma->format), wgmma->k), Direction::Source);
+    bind_registers(binder, 1, wgmma->a_slots(), Direction::Source);
   } else {
     binder.step.slots.push_back(binder.source(1, kDescriptor));
   }

@@ -18,12 +18,11 @@
 #include "core/warp.h"
 #include "tensor_core/formats.h"
 #include "tensor_core/registers.h"
-#include "tensor_core/swizzle.h"
+#include "tensor_core/shared_operand.h"
 
 namespace emulator {
 
 constexpr int kWarpsOfGroup = 4;
-constexpr int kMaxColumns = 256;  // of B and D
 
 // One wgmma.mma_async instruction. Its step's slots: D, then A's registers or its descriptor, B's
 // descriptor, and scale-d where that is a predicate.
@@ -39,6 +38,19 @@ struct Wgmma : Detail {
   std::vector<uint32_t> accumulator;  // D's registers, by the index of their slots
 
   int registers() const { return accumulator_registers(half, n); }
+  int a_slots() const { return a_in_registers ? a_registers(bytes_of(format), k) : 1; }
+  SharedOperand a(uint64_t descriptor, int warp_of_group) const {
+    return {MatrixDescriptor(descriptor),
+            a_mn_major,
+            format,
+            static_cast<uint32_t>(kTileRows * warp_of_group),
+            kTileRows,
+            static_cast<uint32_t>(k)};
+  }
+  SharedOperand b(uint64_t descriptor) const {
+    return {MatrixDescriptor(descriptor), b_mn_major, format, 0, static_cast<uint32_t>(n),
+            static_cast<uint32_t>(k)};
+  }
   bool same_shape(const Wgmma& o) const { return n == o.n && k == o.k && half == o.half; }
 };
 
@@ -60,18 +72,15 @@ class Warpgroup {
     std::vector<float> values;
     TileSet<kMaxColumns> undefined;
     const Step* step = nullptr;  // the last that was issued
-    uint64_t issued =
-        0;  // when the first and the last operation in flight were issued, and when the
-    uint64_t last_issued =
-        0;  // result went into the registers, in the warp's count of instructions
-    uint64_t stored = 0;
+    // In the warp's count of instructions: the first and the last issue of those in flight, and
+    // when the result went into the registers.
+    uint64_t issued = 0, last_issued = 0, stored = 0;
     int in_flight = 0;
   };
   // One warp's share of an operation: 16 of its 64 rows.
   struct Part {
     Accumulator* accumulator = nullptr;
-    bool accumulate = false;
-    uint64_t issued = 0;
+    uint64_t issued = 0;   // in the warp's count of instructions
     std::vector<float> a;  // from registers
     uint32_t undefined_rows = 0;
   };
@@ -95,15 +104,16 @@ class Warpgroup {
     std::map<std::vector<uint32_t>, Accumulator> accumulators;
   };
 
-  Member& member(const Warp& warp) {
-    return members_[static_cast<size_t>(warp.index() % kWarpsOfGroup)];
-  }
+  static int place_of(const Warp& warp) { return warp.index() % kWarpsOfGroup; }
+  Member& member(const Warp& warp) { return members_[static_cast<size_t>(place_of(warp))]; }
   Operation& operation(uint64_t index) { return operations_[static_cast<size_t>(index - first_)]; }
   bool issued_by_all(uint64_t end);
 
-  Accumulator& take_accumulator(Member& member, const Step& step, bool accumulate);
-  void announce(Warp& warp, const Step& step, const MatrixDescriptor& matrix, bool mn_major,
-                uint32_t first_row, uint32_t rows, std::vector<uint32_t>* tickets);
+  Operation& join(Warp& warp, const Step& step);
+  void take_a(Warp& warp, const Step& step, Part* part);
+  Accumulator& take_accumulator(Warp& warp, const Step& step, bool accumulate);
+  void announce(Warp& warp, const Step& step, const SharedOperand& operand,
+                std::vector<uint32_t>* tickets);
   void execute(Operation& operation);
   void complete(Member& member, uint64_t end);
   void finish(Member& member, const Operation& operation, Part& part);
