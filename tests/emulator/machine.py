@@ -47,7 +47,7 @@ _ERRORS: dict[str, type[EmulatorError]] = {
 def _check(result: Any, failure: Any = -1) -> Any:
     if result != failure:
         return result
-    kind, _, message = library().emulator_last_error().decode().partition("\n")
+    kind, _, message = library().emulator_last_error().decode(errors="replace").partition("\n")
     raise _ERRORS[kind](message)
 
 
@@ -220,6 +220,10 @@ class Buffer:
 def _layout(array: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], int]:
     """Host address, element bytes, shape, byte strides, and the offset in its storage, of numpy's or torch's."""
     if isinstance(array, np.ndarray):
+        if array.dtype.hasobject:
+            raise ArgumentError(
+                f"an array of Python objects, dtype {array.dtype}: they have no bytes to pass"
+            )
         base = array
         while isinstance(base.base, np.ndarray):
             base = base.base
@@ -304,6 +308,10 @@ class Machine:
     def allocate(self, count: int, name: str = "memory") -> int:
         """The address of `count` bytes, undefined, and committed only where they are touched."""
         return int(_check(library().emulator_allocate(count, name.encode(), 0), 0))
+
+    def free(self, address: int) -> None:
+        """Frees what `allocate` gave. Raises ArgumentError where nothing was allocated."""
+        _check(library().emulator_free(address))
 
     def place(self, array: Any, name: str = "array") -> Buffer:
         """Copies an array (or an Output's, undefined) to the device; what the view leaves out is out of bounds."""
@@ -452,7 +460,10 @@ def _pack(argument: Any, parameter: Parameter, name: str) -> bytes:
     if isinstance(argument, Buffer):
         argument = np.uint64(argument.pointer)
     if isinstance(argument, bool) or not isinstance(argument, int | float):
-        value = argument if isinstance(argument, bytes) else np.asarray(argument).tobytes()
+        array = np.asarray(argument)
+        if array.dtype.hasobject:
+            raise ArgumentError(f"{name}: a {type(argument).__name__} cannot be passed to a kernel")
+        value = argument if isinstance(argument, bytes) else array.tobytes()
     elif isinstance(argument, float):
         if parameter.bytes not in (4, 8):
             raise ArgumentError(f"{name}: a float for a parameter of {parameter.bytes} bytes")

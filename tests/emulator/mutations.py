@@ -1,7 +1,7 @@
 """Mutants of a kernel: each lacks one synchronisation, or has a weaker one, and the checks should notice.
 
-A mutant is the kernel's PTX with one instruction changed. Only instructions that a run has executed are changed,
-so that every mutant behaves differently unless the synchronisation is redundant at the sizes of the run.
+A mutant is the kernel's PTX with one instruction changed. Only instructions that a run has executed are
+changed: what never ran would survive any change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Mutant:
         return f"{self.kind} {self.ordinal}: {self.change}"
 
     def apply(self, ptx: str) -> str:
-        """The kernel's PTX with the change. Raises ValueError where it is not the PTX that this was made from."""
+        """The PTX with the change. Raises ValueError where it is not the PTX that this was made from."""
         lines = ptx.split("\n")
         if lines[self.line - 1].count(self.original) != 1:
             raise ValueError(
@@ -122,8 +122,8 @@ def _one_arrival_more(instruction: _Instruction) -> str:
     return _with_operand(instruction, 1, "add.u32", 1)
 
 
-_GROUPS = {"delete": _delete, "wait for one group less": _wait_for_one_group_less}
-_FENCE = {"delete": _delete, "narrow to the block": _narrow_to_block}
+_GROUPS: dict[str, _Change] = {"delete": _delete, "wait for one group less": _wait_for_one_group_less}
+_FENCE: dict[str, _Change] = {"delete": _delete, "narrow to the block": _narrow_to_block}
 
 # The first pattern that matches the opcode decides.
 _KINDS: tuple[tuple[str, str, dict[str, _Change]], ...] = (

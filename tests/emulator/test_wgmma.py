@@ -247,6 +247,12 @@ def test_operations_on_the_same_accumulator_follow_one_another():
     np.testing.assert_array_equal(d, bits(sums))
 
 
+def test_operations_of_another_shape_need_a_fence():
+    first, second = (Case(16, kind).instruction() + "\n" for kind in ("bf16", "tf32"))
+    assert Case().run(FENCE + first + second + COMMIT + WAIT)[2].kinds() == {"asynchronous"}
+    Case().run(FENCE + first + FENCE + second + COMMIT + WAIT)[2].assert_clean()
+
+
 def test_a_wait_leaves_later_groups_in_flight():
     """D of the first group is ready while the second, on %e, is not."""
     case = Case()
@@ -269,11 +275,12 @@ def test_a_wait_leaves_later_groups_in_flight():
 # ---- undefined data -----------------------------------------------------------------------------------
 
 
-def test_undefined_operands_make_rows_columns_and_elements_undefined():
-    case = Case(64, mode=1)
+@pytest.mark.parametrize(("a_major", "b_major"), [(False, False), (True, True)])
+def test_undefined_operands_make_rows_columns_and_elements_undefined(a_major, b_major):
+    case = Case(64, mode=1, a_major=a_major, b_major=b_major)
     at = {
-        "a": address(case.in_a.descriptor, False, 2, 37, 3) - BASE,
-        "b": address(case.in_b.descriptor, False, 2, 11, 15) - BASE,
+        "a": address(case.in_a.descriptor, a_major, 2, 37, 3) - BASE,
+        "b": address(case.in_b.descriptor, b_major, 2, 11, 15) - BASE,
     }
     # A warpgroup's thread 32·2 + 5, register 6: row 32 + 1 + 8, column 8 + 2.
     accumulator = ("c", 4 * (69 * case.registers + 6), 4)

@@ -20,8 +20,7 @@ constexpr int kStages = 3;
 constexpr int kThreads = 128;
 constexpr int kChunk = 8;  // elements that one cp.async copies
 constexpr int kChunksPerRow = kDepth / kChunk;
-constexpr int kPitch =
-    kTile + 4;  // of the epilogue's rows: 16-byte aligned, and off the banks of the row before
+constexpr int kPitch = kTile + 4;  // of the epilogue's rows, so that they begin on other banks
 constexpr int kWarpTile = 32;
 constexpr int kMmaRows = 16, kMmaColumns = 8, kMmaDepth = 16;
 constexpr int kRowSteps = kWarpTile / kMmaRows, kColumnSteps = kWarpTile / kMmaColumns;

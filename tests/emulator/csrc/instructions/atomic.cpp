@@ -180,6 +180,8 @@ void bind_atomic(Binder& b, bool returns) {
   if (found == kOperations.end()) b.unsupported("the operation `" + name + "`");
   detail->operation = found->second;
   b.take(name);
+  // libcu++ writes the semantics and the scope behind the operation.
+  detail->memory.take_modifiers(b);
   b.take("noftz");
   for (const int n : {2, 4, 8}) {
     if (b.take("v" + std::to_string(n))) detail->elements = n;

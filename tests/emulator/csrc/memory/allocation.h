@@ -12,6 +12,7 @@
 namespace emulator {
 
 constexpr uint64_t kPageBytes = 4096;
+constexpr uint64_t kAllocationAlignment = 256;
 
 struct Page {
   static constexpr uint8_t kUndefined = 1;
@@ -35,7 +36,11 @@ struct Page {
 class Allocation {
  public:
   Allocation(uint64_t address, uint64_t bytes, std::string name)
-      : address(address), bytes(bytes), name(std::move(name)), pages_((bytes + kPageBytes - 1) / kPageBytes) {}
+      : address(address),
+        bytes(bytes),
+        name(std::move(name)),
+        skew_(address % kAllocationAlignment),
+        pages_((skew_ + bytes + kPageBytes - 1) / kPageBytes) {}
 
   const uint64_t address;
   const uint64_t bytes;
@@ -49,10 +54,13 @@ class Allocation {
   }
   // The page that holds byte `offset` of the allocation.
   Page& page(uint64_t offset) {
-    std::unique_ptr<Page>& page = pages_[offset / kPageBytes];
-    if (!page) page = make_page(offset / kPageBytes);
+    const uint64_t index = (skew_ + offset) / kPageBytes;
+    std::unique_ptr<Page>& page = pages_[index];
+    if (!page) page = make_page(index);
     return *page;
   }
+  // Where in its page that byte lies.
+  uint64_t within_page(uint64_t offset) const { return (skew_ + offset) % kPageBytes; }
   Page* page_if_touched(uint64_t index) const { return pages_[index].get(); }
   uint64_t pages() const { return pages_.size(); }
   void restrict(const View& view);
@@ -62,6 +70,9 @@ class Allocation {
   std::unique_ptr<Page> make_page(uint64_t index) const;
   void apply_view(uint64_t index, Page* page) const;
 
+  // Of a view that starts in the middle of its storage: pages start where the storage is aligned, so that no aligned
+  // access straddles two of them.
+  uint64_t skew_;
   std::vector<std::unique_ptr<Page>> pages_;
   bool restricted_ = false;
   View view_;

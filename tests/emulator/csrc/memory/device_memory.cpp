@@ -72,14 +72,16 @@ std::unique_ptr<Page> Allocation::make_page(uint64_t index) const {
 }
 
 void Allocation::apply_view(uint64_t index, Page* page) const {
-  const auto first = static_cast<int64_t>(index * kPageBytes);
+  const int64_t first = static_cast<int64_t>(index * kPageBytes) - static_cast<int64_t>(skew_);
   const int64_t last = first + static_cast<int64_t>(kPageBytes);
   for (uint8_t& flag : page->flags) flag |= Page::kInaccessible;
   if (restricted_) {
     mark_view(view_, 0, view_.offset, first, last, page->flags.data());
   } else {
-    const auto end = std::min<uint64_t>(kPageBytes, bytes - index * kPageBytes);
-    for (uint64_t i = 0; i < end; ++i) page->flags[i] &= static_cast<uint8_t>(~Page::kInaccessible);
+    const int64_t end = std::min(last, static_cast<int64_t>(bytes));
+    for (int64_t at = std::max<int64_t>(first, 0); at < end; ++at) {
+      page->flags[static_cast<size_t>(at - first)] &= static_cast<uint8_t>(~Page::kInaccessible);
+    }
   }
 }
 
@@ -105,7 +107,7 @@ DeviceMemory::~DeviceMemory() = default;
 uint64_t DeviceMemory::allocate(uint64_t bytes, const std::string& name, uint64_t skew) {
   if (bytes > uint64_t{1} << 44) throw ArgumentError("allocate: " + std::to_string(bytes) + " bytes is too much");
   const uint64_t address = next_ + skew;
-  next_ = (address + bytes + kGuardBytes + 255) / 256 * 256;
+  next_ = (address + bytes + kGuardBytes + kAllocationAlignment - 1) / kAllocationAlignment * kAllocationAlignment;
   allocations_[address] = std::make_unique<Allocation>(address, bytes, name);
   return address;
 }
@@ -174,7 +176,7 @@ template <class Visit>
 void for_each_piece(Allocation& allocation, uint64_t address, uint64_t bytes, Visit visit) {
   uint64_t offset = address - allocation.address, done = 0;
   while (done < bytes) {
-    const uint64_t within = offset % kPageBytes;
+    const uint64_t within = allocation.within_page(offset);
     const uint64_t piece = std::min(bytes - done, kPageBytes - within);
     visit(allocation.page(offset), within, piece, done);
     offset += piece;

@@ -61,14 +61,9 @@ bool locate(Warp& warp, const Step& step, int lane, uint64_t address, int bytes,
     return false;
   }
   const uint64_t offset = address - place->allocation->address;
-  // An aligned access never straddles pages where the allocation itself is aligned; a skewed one may.
   place->offset = offset;
   place->page = &place->allocation->page(offset);
-  place->within = offset % kPageBytes;
-  if (place->within + static_cast<uint64_t>(bytes) > kPageBytes) {
-    warp.report(Check::Misaligned, step, lane, what() + " across a page, which the emulator does not model");
-    return false;
-  }
+  place->within = place->allocation->within_page(offset);
   if ((flags_of(*place->page, place->within, bytes) & Page::kInaccessible) != 0) {
     report_outside(warp, step, lane, address, what());
     return false;
@@ -145,7 +140,7 @@ bool is_accessible(Warp& warp, uint64_t address, int bytes) {
   if (allocation == nullptr || !allocation->inside(address, static_cast<uint64_t>(bytes))) return false;
   const uint64_t offset = address - allocation->address;
   const Page& page = allocation->page(offset);
-  const uint64_t within = offset % kPageBytes;
+  const uint64_t within = allocation->within_page(offset);
   return within + static_cast<uint64_t>(bytes) <= kPageBytes &&
          (flags_of(page, within, bytes) & Page::kInaccessible) == 0;
 }

@@ -107,7 +107,9 @@ bool SharedRaces::supersedes(const Entry& old, uint8_t bytes, const Access& acce
   if (access.async_proxy && !old.async_proxy && old.write && !is_proxied(old, access)) {
     report(old, access, address, true);
   }
-  return known && (old.bytes & ~bytes) == 0 && (access.write || !old.write);
+  // Another atomic would conflict with an ordinary access, an mbarrier's initialisation for example, but not with
+  // the atomic that took its place.
+  return known && (old.bytes & ~bytes) == 0 && (access.write || !old.write) && (old.atomic || !access.atomic);
 }
 
 void SharedRaces::touch(Word& word, uint8_t bytes, const Access& access, uint32_t address, uint32_t ticket) {

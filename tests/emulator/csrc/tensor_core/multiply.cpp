@@ -15,8 +15,8 @@ namespace {
 using Columns = float __attribute__((vector_size(32), aligned(4), may_alias));
 static_assert(sizeof(Columns) == kBlockColumns * sizeof(float));
 
-// Products of 16-bit and tf32 numbers are exact in fp32, so a fused multiply-add rounds as the
-// separate operations do, wherever the compiler contracts them.
+// Products of 16-bit and tf32 numbers are exact in fp32 unless they underflow, so that a fused
+// multiply-add would round alike.
 void multiply_plain(const float* a, const float* b, float* d, int n, int k) {
   constexpr int kRowsAtOnce = 8;  // independent sums hide the latency of the additions
   for (int column = 0; column < n; column += kBlockColumns) {
