@@ -1,10 +1,11 @@
 """Look into a kernel: what it is made of, what the compiler made of it, and what a run of it does.
 
     python -m tests.emulator kernel.cu --arch sm_80
-    python -m tests.emulator kernel.cu --run scale --grid 4 --block 128 --args 'f32[512]' 'out:f32[512]' 2.0 512
+    python -m tests.emulator kernel.cu --run scale --grid 4 --block 128 \\
+        --args 'f32[512]' 'out:f32[512]' 2.0 512
 
-An argument is a number, `TYPE[SHAPE]` for an array of random numbers, `out:TYPE[SHAPE]` for one that the kernel
-writes, or `zeros:TYPE[SHAPE]`; TYPE is f16, bf16, f32, f64, or i8 to i64, SHAPE is like 64x32.
+An argument is a number, `TYPE[SHAPE]` for an array of random numbers, `out:TYPE[SHAPE]` for one that the
+kernel writes, or `zeros:TYPE[SHAPE]`; TYPE is f16, bf16, f32, f64, or i8 to i64, SHAPE is like 64x32.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def print_kernels(module: Module) -> None:
             print(f"  cannot run: {error}")
             continue
         parameters = ", ".join(f"{p['bytes']} bytes" for p in facts["parameters"])
-        print(f"  parameters: {parameters or 'none'}; static shared memory: {facts['static_shared_bytes']} bytes")
+        shared = facts["static_shared_bytes"]
+        print(f"  parameters: {parameters or 'none'}; static shared memory: {shared} bytes")
         roots = Counter(opcode.split(".")[0] for opcode in facts["opcodes"])
         print(f"  {len(facts['opcodes'])} opcodes of {', '.join(sorted(roots))}")
 
@@ -97,7 +99,9 @@ def print_run(launch: Launch) -> None:
 
 def parse_command_line(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.emulator", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.emulator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="a .cu or a .ptx file")
     parser.add_argument("--arch", default="sm_80", help="what a .cu is compiled for")

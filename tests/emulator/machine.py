@@ -81,7 +81,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a launch moved of one buffer, in bytes; `unique_*` count each byte once: the least DRAM must carry."""
+    """Bytes that a launch moved of one buffer; `unique_*` count each once: the least that DRAM must carry."""
 
     name: str
     bytes_read: int
@@ -218,7 +218,7 @@ class Buffer:
 
 
 def _layout(array: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], int]:
-    """Host address, element bytes, shape, byte strides, and the offset in its storage, of numpy's or torch's."""
+    """Host address, element bytes, shape, byte strides, and offset in its storage, numpy's or torch's."""
     if isinstance(array, np.ndarray):
         if array.dtype.hasobject:
             raise ArgumentError(
@@ -246,9 +246,9 @@ def _layout(array: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...], int
 class Machine:
     """The emulated machine, set to one of `devices.DEVICES`, with the order in which blocks run.
 
-    order: "forward", "reverse" or "random" (then `seed` picks one). truncating: tensor cores round as hardware
-    does, block-wise towards zero, instead of plain fp32. The process has one machine: settings apply to the launches
-    that this object makes.
+    order: "forward", "reverse" or "random" (then `seed` picks one). truncating: tensor cores round as
+    hardware does, block-wise towards zero, instead of plain fp32. The process has one machine: settings
+    apply to the launches that this object makes.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class Machine:
         _check(library().emulator_free(address))
 
     def place(self, array: Any, name: str = "array") -> Buffer:
-        """Copies an array (or an Output's, undefined) to the device; what the view leaves out is out of bounds."""
+        """Copies an array (or an Output's, undefined) to the device; only its view is accessible."""
         defined = not isinstance(array, Output)
         if isinstance(array, Output):
             array = array.array
@@ -404,8 +404,9 @@ class Module:
     ) -> Result:
         """Runs a kernel. Arrays go to the device and back; numpy scalars, numbers and bytes go by value.
 
-        grid, block: blocks and threads in x, y, z. shared: dynamic shared memory in bytes. names: of the arguments,
-        for the findings; by default those of the PTX's parameters. Raises ArgumentError on a wrong number or size.
+        grid, block: blocks and threads in x, y, z. shared: dynamic shared memory in bytes. names: of the
+        arguments, for the findings; by default "argument 0" and so on. Raises ArgumentError on a wrong number
+        or size of arguments, and where the device's limits are exceeded.
         """
         facts = self.describe(kernel)
         parameters = [Parameter(**p) for p in facts["parameters"]]

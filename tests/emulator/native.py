@@ -17,7 +17,7 @@ from tests.emulator import toolchain
 
 SOURCES = Path(__file__).parent / "csrc"
 
-# Every rounding is part of what is emulated: no contraction into fused multiply-adds but those that are written.
+# Every rounding is part of what is emulated: no fused multiply-adds but those that are written.
 FLAGS = "-std=c++17 -O2 -march=native -ffp-contract=off -fno-math-errno -fPIC -Wall -Wextra"
 
 

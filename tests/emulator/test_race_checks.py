@@ -173,3 +173,12 @@ def test_a_flag_hands_data_from_block_to_block(order, first):
     out = ints(1)
     load(order).launch("hand_over", 2, 1, ints(1), Output(ints(1)), Output(out), first).assert_clean()
     assert out[0] == 42
+
+
+@pytest.mark.parametrize(("value", "racy"), [("0", False), ("threadIdx.x", True)])
+def test_lanes_of_one_instruction_may_store_one_value_to_global_memory(value, racy, tmp_path):
+    source = tmp_path / "flag.cu"
+    source.write_text(f'extern "C" __global__ void set(int* x) {{ *x = 7 + {value}; }}\n')
+    module = Machine("a100").load(compile_ptx(source, arch="sm_80"))
+    result = module.launch("set", 1, 32, Output(np.zeros(1, np.int32)))
+    assert result.kinds() == ({"race"} if racy else set())

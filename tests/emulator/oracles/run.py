@@ -38,7 +38,9 @@ def run_gemm(
     k = operands.a.shape[1] if gemm.layout_a == "row" else operands.a.shape[0]
     d = torch.empty(m, n, dtype=DTYPES[gemm.output])
     arrays: dict[str, Any] = {"a": operands.a, "b": operands.b, "d": Output(d)}
-    call = GemmCall(m=m, n=n, k=k, lda=operands.a.shape[1], ldb=operands.b.shape[1], ldc=n, ldd=n, alpha=1, slices=slices)
+    call = GemmCall(
+        m=m, n=n, k=k, lda=operands.a.shape[1], ldb=operands.b.shape[1], ldc=n, ldd=n, alpha=1, slices=slices
+    )
     launch = getattr(launchers, gemm.launcher)
     if gemm.splits_k:
         size = getattr(launchers, gemm.launcher + "_workspace")

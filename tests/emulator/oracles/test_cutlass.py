@@ -83,12 +83,16 @@ def test_a_large_product_with_every_check_is_quick(launchers):
 def test_truncating_tensor_cores_stay_within_their_rule(gemm, launchers):
     operands = Operands(gemm, 128, 128, 256)
     run = {
-        truncating: run_gemm(Machine(device_of(gemm), truncating=truncating), launchers(gemm.arch), gemm, operands)[0]
+        truncating: run_gemm(
+            Machine(device_of(gemm), truncating=truncating), launchers(gemm.arch), gemm, operands
+        )[0]
         for truncating in (False, True)
     }
     # Truncation loses up to 2^-23 of the largest term at each of k/8 additions; both are still sums in fp32.
     difference = (run[True].double() - run[False].double()).abs()
-    bound = (256 / 4) * 2.0**-23 * operands.magnitude + 2 * OUTPUT_ROUNDING[gemm.output] * operands.exact.abs()
+    bound = (256 / 4) * 2.0**-23 * operands.magnitude + 2 * OUTPUT_ROUNDING[
+        gemm.output
+    ] * operands.exact.abs()
     assert (difference <= bound).all()
     if gemm.output == "f32":
         assert (difference > 0).any()
@@ -109,7 +113,7 @@ def test_aligned_products_waste_no_sector_and_have_no_bank_conflict_in_ldmatrix(
     launch = result.assert_clean().only
     assert launch.total("sectors", "cp.async") == launch.total("ideal_sectors", "cp.async") > 0
     assert launch.total("wavefronts", "ldmatrix") == launch.total("ideal_wavefronts", "ldmatrix") > 0
-    # 256·256·128 multiply-adds at 16·8·16 an instruction; each operand is read once by every block that needs it.
+    # 16·8·16 multiply-adds an instruction; each operand is read once by every block that needs it.
     mma = sum(n for opcode, n in launch.instructions.items() if opcode.startswith("mma."))
     assert mma == 256 * 256 * 128 // (16 * 8 * 16)
     assert launch.buffers["a"].unique_read == 256 * 128 * 2

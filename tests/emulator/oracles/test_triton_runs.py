@@ -32,7 +32,12 @@ def within_bf16(y, exact, slack=0.0):
 @ARCHITECTURES
 @pytest.mark.parametrize(
     ("name", "m", "n", "k"),
-    [("matmul", 128, 128, 128), ("matmul", 100, 72, 80), ("matmul_ragged", 67, 65, 37), ("matmul_ragged", 1, 1, 1)],
+    [
+        ("matmul", 128, 128, 128),
+        ("matmul", 100, 72, 80),
+        ("matmul_ragged", 67, 65, 37),
+        ("matmul_ragged", 1, 1, 1),
+    ],
 )
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_matmul(triton_kernels, arch, name, m, n, k, order):
@@ -58,7 +63,9 @@ def test_layer_norm(triton_kernels, arch, columns):
     y = torch.empty(4, columns, dtype=torch.bfloat16)
     mean, rstd = torch.empty(4), torch.empty(4)
     outputs = (Output(y), Output(mean), Output(rstd))
-    run(triton_kernels["layer_norm", arch], 4, x, weight, bias, *outputs, columns, columns, columns, 1e-5).assert_clean()
+    run(
+        triton_kernels["layer_norm", arch], 4, x, weight, bias, *outputs, columns, columns, columns, 1e-5
+    ).assert_clean()
     exact = torch.nn.functional.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-5)
     assert within_bf16(y, exact, slack=1e-5)
     torch.testing.assert_close(mean.double(), x.double().mean(1), atol=1e-6, rtol=1e-6)

@@ -11,8 +11,8 @@
 
 namespace emulator {
 
-// One lane's cp.async: the bytes were read at its issue, and are written when the lane waits for its group,
-// which is as late as the ISA allows.
+// One lane's cp.async: the bytes were read at its issue, and are written when the lane waits for
+// its group, which is as late as the ISA allows.
 struct AsyncCopy {
   uint32_t address;
   uint32_t bytes;
@@ -26,8 +26,8 @@ struct ThreadCopies {
   std::deque<std::vector<AsyncCopy>> groups;
 };
 
-// An mbarrier object (PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier"). Its
-// state is kept here; the eight bytes in shared memory are opaque to the program.
+// An mbarrier object (PTX ISA, "Parallel Synchronization and Communication Instructions:
+// mbarrier"). Its state is kept here; the eight bytes in shared memory are opaque to the program.
 struct MBarrier {
   uint32_t expected = 0;
   uint32_t pending = 0;
@@ -54,11 +54,11 @@ struct ThreadBulkGroups {
 };
 
 struct AsyncState {
-  std::vector<ThreadCopies> copies;         // by thread
+  std::vector<ThreadCopies> copies;           // by thread
   std::vector<ThreadBulkGroups> bulk_groups;  // by thread
-  std::map<uint32_t, MBarrier> mbarriers;   // by shared address
-  std::deque<BulkCopy> bulk;                // in the order of issue
-  std::vector<uint32_t> agent_epochs;       // of the asynchronous agents
+  std::map<uint32_t, MBarrier> mbarriers;     // by shared address
+  std::deque<BulkCopy> bulk;                  // in the order of issue
+  std::vector<uint32_t> agent_epochs;         // of the asynchronous agents
 };
 
 }  // namespace emulator

@@ -1,7 +1,9 @@
-// Bulk copies, plain and by tensor map (PTX ISA 9.7.9.25.4, "Non-tensor copy", and .5, "Tensor copy").
+// Bulk copies, plain and by tensor map (PTX ISA 9.7.9.25.4, "Non-tensor copy", and .5, "Tensor
+// copy").
 //
-// They belong to the async proxy. Into shared memory: the bytes land, and the mbarrier hears of them, when
-// nothing else in the block can go on. Out of shared memory: when the thread waits for the group, or ends.
+// They belong to the async proxy. Into shared memory: the bytes land, and the mbarrier hears of
+// them, when nothing else in the block can go on. Out of shared memory: when the thread waits for
+// the group, or ends.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -71,7 +73,8 @@ Swizzle swizzle_of(const TensorMap& map) {
     case CU_TENSOR_MAP_SWIZZLE_128B:
       return Swizzle::B128;
     default:
-      throw Error("a tensor map's swizzle mode " + std::to_string(map.swizzle) + " is not modelled");
+      throw Error("a tensor map's swizzle mode " + std::to_string(map.swizzle) +
+                  " is not modelled");
   }
 }
 
@@ -81,7 +84,8 @@ Plan plan_tensor(const TensorMap& map, uint32_t shared, const int32_t* start) {
   plan.shared = shared;
   plan.mode = swizzle_of(map);
   plan.nan_fill = map.nan_fill;
-  if (map.interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) throw Error("interleaved tensor maps are not modelled");
+  if (map.interleave != CU_TENSOR_MAP_INTERLEAVE_NONE)
+    throw Error("interleaved tensor maps are not modelled");
   uint32_t rows = 1;
   for (int d = 0; d < map.rank; ++d) {
     if (map.element_stride[d] != 1) throw Error("element strides of a tensor map are not modelled");
@@ -101,8 +105,10 @@ Plan plan_tensor(const TensorMap& map, uint32_t shared, const int32_t* start) {
       global += static_cast<uint64_t>(at) * map.stride[d - 1];
     }
     const uint32_t to = shared + row * row_bytes;
-    const int64_t first = inside ? std::clamp<int64_t>(-int64_t{start[0]}, 0, map.box[0]) : map.box[0];
-    const int64_t last = inside ? std::clamp<int64_t>(width - start[0], first, map.box[0]) : map.box[0];
+    const int64_t first =
+        inside ? std::clamp<int64_t>(-int64_t{start[0]}, 0, map.box[0]) : map.box[0];
+    const int64_t last =
+        inside ? std::clamp<int64_t>(width - start[0], first, map.box[0]) : map.box[0];
     const auto piece = [&](int64_t from, int64_t end, bool in) {
       if (from == end) return;
       plan.pieces.push_back({to + static_cast<uint32_t>(from) * map.element_bytes,
@@ -122,8 +128,8 @@ void for_each_unit(const Plan& plan, const Piece& piece, Visit visit) {
   uint32_t done = 0;
   while (done < piece.bytes) {
     uint32_t unit = 16;
-    while ((piece.shared + done) % unit != 0 || (piece.inside && (piece.global + done) % unit != 0) ||
-           unit > piece.bytes - done) {
+    while ((piece.shared + done) % unit != 0 ||
+           (piece.inside && (piece.global + done) % unit != 0) || unit > piece.bytes - done) {
       unit /= 2;
     }
     visit(swizzle(piece.shared + done, plan.mode), piece.global + done, unit);
@@ -139,14 +145,16 @@ void fill_outside(const Plan& plan, uint8_t* to, uint32_t bytes) {
 bool admissible(Warp& warp, const Step& step, int lane, const Plan& plan, uint32_t alignment) {
   SharedMemory& shared = warp.block().shared();
   if (plan.shared % alignment != 0) {
-    warp.report(Check::Misaligned, step, lane,
-                shared.describe(plan.shared) + " is not a multiple of " + std::to_string(alignment));
+    warp.report(
+        Check::Misaligned, step, lane,
+        shared.describe(plan.shared) + " is not a multiple of " + std::to_string(alignment));
     return false;
   }
   if (!shared.inside(plan.shared, plan.bytes)) {
     warp.report(Check::OutOfBounds, step, lane,
-                "a bulk copy of " + std::to_string(plan.bytes) + " bytes at " + shared.describe(plan.shared) + " of " +
-                    std::to_string(shared.size()) + " bytes");
+                "a bulk copy of " + std::to_string(plan.bytes) + " bytes at " +
+                    shared.describe(plan.shared) + " of " + std::to_string(shared.size()) +
+                    " bytes");
     return false;
   }
   return true;
@@ -161,7 +169,8 @@ bool make_plan(Warp& warp, const Step& step, int lane, Plan* plan) {
     const uint64_t global = address_in(warp, step, lane, kGlobal, detail.global_offset);
     if (bytes % 16 != 0 || global % 16 != 0) {
       warp.report(Check::Misaligned, step, lane,
-                  "a bulk copy of " + std::to_string(bytes) + " bytes: size and addresses must be multiples of 16");
+                  "a bulk copy of " + std::to_string(bytes) +
+                      " bytes: size and addresses must be multiples of 16");
       return false;
     }
     plan->shared = shared;
@@ -185,8 +194,9 @@ bool make_plan(Warp& warp, const Step& step, int lane, Plan* plan) {
   }
   TensorMap map;
   if (!decode(bytes, &map) || map.rank != detail.dimensions) {
-    warp.report(Check::Uninitialised, step, lane,
-                "these are not a tensor map of " + std::to_string(detail.dimensions) + " dimensions");
+    warp.report(
+        Check::Uninitialised, step, lane,
+        "these are not a tensor map of " + std::to_string(detail.dimensions) + " dimensions");
     return false;
   }
   int32_t start[5] = {};
@@ -199,9 +209,11 @@ bool make_plan(Warp& warp, const Step& step, int lane, Plan* plan) {
   return admissible(warp, step, lane, *plan, 128);
 }
 
-// ---- global -> shared ----------------------------------------------------------------------------------
+// ---- global -> shared
+// ----------------------------------------------------------------------------------
 
-void land_load(Warp& warp, const Step& step, int lane, const Plan& plan, uint32_t barrier_address, uint32_t ticket) {
+void land_load(Warp& warp, const Step& step, int lane, const Plan& plan, uint32_t barrier_address,
+               uint32_t ticket) {
   Block& block = warp.block();
   SharedMemory& shared = block.shared();
   for (const Piece& piece : plan.pieces) {
@@ -242,24 +254,29 @@ void run_load(Warp& warp, const Step& step, LaneMask active) {
       ticket = block.shared().races.begin(access);
     }
     std::memset(block.shared().undefined(plan->shared), 0xff, plan->bytes);
-    block.async.bulk.push_back(
-        {[&warp, &step, l, plan, barrier_address, ticket] { land_load(warp, step, l, *plan, barrier_address, ticket); }});
+    block.async.bulk.push_back({[&warp, &step, l, plan, barrier_address, ticket] {
+      land_load(warp, step, l, *plan, barrier_address, ticket);
+    }});
   });
 }
 
-// ---- shared -> global ----------------------------------------------------------------------------------
+// ---- shared -> global
+// ----------------------------------------------------------------------------------
 
-void land_store(Warp& warp, const Step& step, int lane, const Plan& plan, uint32_t ticket, bool waited) {
+void land_store(Warp& warp, const Step& step, int lane, const Plan& plan, uint32_t ticket,
+                bool waited) {
   Block& block = warp.block();
   if (!waited) {
     warp.report(Check::Asynchronous, step, lane,
-                "the block ends while this bulk store may still read its shared memory: nobody waited for it");
+                "the block ends while this bulk store may still read its shared memory: nobody "
+                "waited for it");
   }
   SharedMemory& shared = block.shared();
   for (const Piece& piece : plan.pieces) {
     if (!piece.inside) continue;
     for_each_unit(plan, piece, [&](uint32_t from, uint64_t to, uint32_t bytes) {
-      store_global(warp, step, lane, to, static_cast<int>(bytes), {}, shared.data(from), shared.undefined(from));
+      store_global(warp, step, lane, to, static_cast<int>(bytes), {}, shared.data(from),
+                   shared.undefined(from));
     });
   }
   if (block.settings().check_races) shared.races.end_by_lane(warp, lane, ticket);
@@ -277,7 +294,8 @@ void run_store(Warp& warp, const Step& step, LaneMask active) {
   for_each_lane(active, [&](int l) {
     const auto plan = std::make_shared<Plan>();
     if (!make_plan(warp, step, l, plan.get())) return;
-    // The hardware issues a warp's bulk store once where its lanes agree on it, as CUTLASS relies on.
+    // The hardware issues a warp's bulk store once where its lanes agree on it, as CUTLASS relies
+    // on.
     if (last && same_copy(*last, *plan)) return;
     last = plan;
     uint32_t ticket = 0;
@@ -287,7 +305,9 @@ void run_store(Warp& warp, const Step& step, LaneMask active) {
       ticket = block.shared().races.begin(access);
     }
     block.async.bulk_groups[static_cast<size_t>(warp.thread(l))].open.push_back(
-        [&warp, &step, l, plan, ticket](bool waited) { land_store(warp, step, l, *plan, ticket, waited); });
+        [&warp, &step, l, plan, ticket](bool waited) {
+          land_store(warp, step, l, *plan, ticket, waited);
+        });
   });
 }
 
@@ -334,30 +354,38 @@ void bind_cp_async_bulk(Binder& b) {
   b.step.detail = detail;
   if (b.take("tensor")) {
     const std::string dimensions = b.next();
-    if (dimensions.size() != 2 || dimensions[1] != 'd' || dimensions[0] < '1' || dimensions[0] > '5') {
+    if (dimensions.size() != 2 || dimensions[1] != 'd' || dimensions[0] < '1' ||
+        dimensions[0] > '5') {
       b.unsupported("the dimensions");
     }
     b.take(dimensions);
     detail->dimensions = dimensions[0] - '0';
   }
   const bool load = b.take("shared::cluster") || b.take("shared::cta");
-  if (load ? !b.take("global") : !(b.take("global") && b.take("shared::cta"))) b.unsupported("the state spaces");
+  if (load ? !b.take("global") : !(b.take("global") && b.take("shared::cta")))
+    b.unsupported("the state spaces");
   b.take("tile");
-  if (load ? !b.take("mbarrier::complete_tx::bytes") : !b.take("bulk_group")) b.unsupported("the completion");
+  if (load ? !b.take("mbarrier::complete_tx::bytes") : !b.take("bulk_group"))
+    b.unsupported("the completion");
   b.take("L2::cache_hint");
   b.done();
-  // Loads: [shared], [global] or [map, {coordinates}], (size,) [mbarrier]. Stores have the two sides swapped.
-  const int shared = load ? 0 : 1, global = load ? 1 : 0, size = 2, barrier = detail->dimensions == 0 ? 3 : 2;
-  b.step.slots = {b.address(shared, &detail->shared_offset), b.address(global, &detail->global_offset),
+  // Loads: [shared], [global] or [map, {coordinates}], (size,) [mbarrier]. Stores have the two
+  // sides swapped.
+  const int shared = load ? 0 : 1, global = load ? 1 : 0, size = 2,
+            barrier = detail->dimensions == 0 ? 3 : 2;
+  b.step.slots = {b.address(shared, &detail->shared_offset),
+                  b.address(global, &detail->global_offset),
                   load ? b.address(barrier, &detail->barrier_offset) : Slot{}};
   if (detail->dimensions == 0) {
     b.step.slots.push_back(b.source(size, kB32));
   } else {
     const ptx::Operand& map = b.operand(global);
-    if (map.elements.size() != 1 || static_cast<int>(map.elements[0].elements.size()) != detail->dimensions) {
+    if (map.elements.size() != 1 ||
+        static_cast<int>(map.elements[0].elements.size()) != detail->dimensions) {
       b.unsupported("the number of coordinates");
     }
-    for (const ptx::Operand& coordinate : map.elements[0].elements) b.step.slots.push_back(b.source(coordinate, kB32));
+    for (const ptx::Operand& coordinate : map.elements[0].elements)
+      b.step.slots.push_back(b.source(coordinate, kB32));
   }
   b.step.run = load ? run_load : run_store;
 }

@@ -1,4 +1,5 @@
-// cp.async: 4 to 16 bytes from global to shared memory, by groups (PTX ISA 9.7.9.25, "Asynchronous copy").
+// cp.async: 4 to 16 bytes from global to shared memory, by groups (PTX ISA 9.7.9.25, "Asynchronous
+// copy").
 #include <cstring>
 #include <memory>
 
@@ -44,7 +45,8 @@ void run_copy(Warp& warp, const Step& step, LaneMask active) {
   LaneMask reads = 0;
   int source_bytes[kLanes] = {};
   for_each_lane(active, [&](int l) {
-    uint64_t address = warp.value(destination, l) + static_cast<uint64_t>(detail.destination_offset);
+    uint64_t address =
+        warp.value(destination, l) + static_cast<uint64_t>(detail.destination_offset);
     if (in_window(address, kSharedWindow)) address -= kSharedWindow;
     to[l] = static_cast<uint32_t>(address);
     from[l] = warp.value(source, l) + static_cast<uint64_t>(detail.source_offset);
@@ -69,8 +71,9 @@ void run_copy(Warp& warp, const Step& step, LaneMask active) {
     std::memset(copy.value, 0, sizeof copy.value);
     std::memset(copy.undefined, 0, sizeof copy.undefined);
     if (source_bytes[l] > detail.bytes) {
-      warp.report(Check::OutOfBounds, step, l, "a source of " + std::to_string(source_bytes[l]) + " bytes for a copy of " +
-                                                   std::to_string(detail.bytes));
+      warp.report(Check::OutOfBounds, step, l,
+                  "a source of " + std::to_string(source_bytes[l]) + " bytes for a copy of " +
+                      std::to_string(detail.bytes));
       source_bytes[l] = detail.bytes;
     }
     if (source_bytes[l] == detail.bytes) {
@@ -78,15 +81,18 @@ void run_copy(Warp& warp, const Step& step, LaneMask active) {
     } else {
       // A part of the bytes, the rest zeros: only that part must be there.
       if (source_bytes[l] != 0 && from[l] % static_cast<uint64_t>(detail.bytes) != 0) {
-        warp.report(Check::Misaligned, step, l, "a source address that is not a multiple of " + std::to_string(detail.bytes));
+        warp.report(Check::Misaligned, step, l,
+                    "a source address that is not a multiple of " + std::to_string(detail.bytes));
       }
       for (int i = 0; i < source_bytes[l]; ++i) {
-        load_global(warp, step, l, from[l] + static_cast<uint64_t>(i), 1, {}, copy.value + i, copy.undefined + i);
+        load_global(warp, step, l, from[l] + static_cast<uint64_t>(i), 1, {}, copy.value + i,
+                    copy.undefined + i);
       }
     }
     SharedMemory& shared = block.shared();
     if (copy.address % copy.bytes != 0 || !shared.inside(copy.address, copy.bytes)) {
-      shared.store(warp, step, l, copy.address, detail.bytes, copy.value, copy.undefined);  // refuses, and says so
+      shared.store(warp, step, l, copy.address, detail.bytes, copy.value,
+                   copy.undefined);  // refuses, and says so
       return;
     }
     if (block.settings().check_races) {
@@ -123,7 +129,8 @@ void run_wait(Warp& warp, const Step& step, LaneMask active) {
   });
 }
 
-// cp.async.mbarrier.arrive: arrives when the lane's copies so far have landed, at some time after now.
+// cp.async.mbarrier.arrive: arrives when the lane's copies so far have landed, at some time after
+// now.
 void run_mbarrier_arrive(Warp& warp, const Step& step, LaneMask active) {
   const auto& detail = static_cast<const CopyDetail&>(*step.detail);
   Block& block = warp.block();
@@ -154,7 +161,8 @@ void run_mbarrier_arrive(Warp& warp, const Step& step, LaneMask active) {
         SharedMemory& shared = block.shared();
         std::memcpy(shared.data(copy.address), copy.value, copy.bytes);
         std::memcpy(shared.undefined(copy.address), copy.undefined, copy.bytes);
-        if (block.settings().check_races) shared.races.end_by_agent(barrier.agent, epoch, copy.ticket);
+        if (block.settings().check_races)
+          shared.races.end_by_agent(barrier.agent, epoch, copy.ticket);
       }
       barrier.gathering.ordered.raise(barrier.agent, epoch);
       arrive_on(warp, step, l, barrier, 1);
@@ -199,10 +207,12 @@ void bind_cp_async(Binder& b) {
   if (detail->bytes != 16 && (only_l2 || (detail->bytes != 4 && detail->bytes != 8))) {
     b.unsupported("a copy of " + std::to_string(detail->bytes) + " bytes");
   }
-  b.step.slots = {b.address(0, &detail->destination_offset), b.address(1, &detail->source_offset), Slot{}};
+  b.step.slots = {b.address(0, &detail->destination_offset), b.address(1, &detail->source_offset),
+                  Slot{}};
   if (b.operand_count() > 3) {
     const ptx::Operand& third = b.operand(3);
-    // A predicate says that the source is ignored; a 32-bit operand is its size; a 64-bit one is a cache policy.
+    // A predicate says that the source is ignored; a 32-bit operand is its size; a 64-bit one is a
+    // cache policy.
     if (third.kind == ptx::Operand::Kind::Register && b.width_of(third) == 0) {
       detail->ignores = true;
       b.step.slots[2] = b.predicate(third, &detail->ignore_negated);

@@ -26,7 +26,8 @@ MBarrier* find_mbarrier(Warp& warp, const Step& step, int lane, uint32_t address
   Block& block = warp.block();
   const auto found = block.async.mbarriers.find(address);
   if (found == block.async.mbarriers.end()) {
-    warp.report(Check::Barrier, step, lane, "no mbarrier was initialised at " + block.shared().describe(address));
+    warp.report(Check::Barrier, step, lane,
+                "no mbarrier was initialised at " + block.shared().describe(address));
     return nullptr;
   }
   if (block.settings().check_races) {
@@ -40,8 +41,8 @@ MBarrier* find_mbarrier(Warp& warp, const Step& step, int lane, uint32_t address
 void arrive_on(Warp& warp, const Step& step, int lane, MBarrier& barrier, uint32_t count) {
   if (barrier.pending < count) {
     warp.report(Check::Barrier, step, lane,
-                std::to_string(count) + " arrivals at an mbarrier whose phase lacks only " + std::to_string(barrier.pending) +
-                    " of " + std::to_string(barrier.expected));
+                std::to_string(count) + " arrivals at an mbarrier whose phase lacks only " +
+                    std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected));
     count = barrier.pending;
   }
   barrier.pending -= count;
@@ -55,11 +56,13 @@ void change_transactions(Block& block, MBarrier& barrier, int64_t bytes) {
   if (bytes < 0) complete_phase(block, barrier);
 }
 
-void require_initialised_for_proxy(Warp& warp, const Step& step, int lane, const MBarrier& barrier) {
+void require_initialised_for_proxy(Warp& warp, const Step& step, int lane,
+                                   const MBarrier& barrier) {
   const ClockRef& proxied = warp.known[lane].proxied;
   if (proxied && proxied->at(barrier.initialised_by) >= barrier.initialised_at) return;
   warp.report(Check::Proxy, step, lane,
-              "signals an mbarrier whose initialisation no fence.mbarrier_init or fence.proxy.async has shown to the "
+              "signals an mbarrier whose initialisation no fence.mbarrier_init or "
+              "fence.proxy.async has shown to the "
               "async proxy");
 }
 
@@ -101,7 +104,9 @@ void run_init(Warp& warp, const Step& step, LaneMask active) {
     barrier.agent = old != block.async.mbarriers.end() ? old->second.agent : block.new_agent();
     barrier.expected = barrier.pending = static_cast<uint32_t>(warp.value(step.slots[1], l));
     if (barrier.expected == 0 || barrier.expected >= 1u << 20) {
-      warp.report(Check::Barrier, step, l, "an mbarrier of " + std::to_string(barrier.expected) + " arrivals: 1 to 2^20 - 1");
+      warp.report(
+          Check::Barrier, step, l,
+          "an mbarrier of " + std::to_string(barrier.expected) + " arrivals: 1 to 2^20 - 1");
     }
     barrier.initialised_by = warp.thread(l);
     barrier.initialised_at = warp.epoch;
@@ -155,8 +160,9 @@ void run_transactions(Warp& warp, const Step& step, LaneMask active) {
     MBarrier* barrier = find_mbarrier(warp, step, l, address_of(detail, warp, step, l));
     if (barrier == nullptr) return;
     warp.require_defined(step, step.slots[1], lane_bit(l), "is an mbarrier's count of bytes");
-    change_transactions(warp.block(), *barrier,
-                        step.immediate[0] * static_cast<int64_t>(warp.value(step.slots[1], l) & 0xffff'ffff));
+    change_transactions(
+        warp.block(), *barrier,
+        step.immediate[0] * static_cast<int64_t>(warp.value(step.slots[1], l) & 0xffff'ffff));
   });
 }
 
@@ -169,7 +175,8 @@ void run_wait(Warp& warp, const Step& step, LaneMask active) {
     if (barrier == nullptr) return;
     warp.require_defined(step, step.slots[2], lane_bit(l), "is an mbarrier's phase");
     const uint64_t phase = warp.value(step.slots[2], l);
-    const bool complete = detail.parity ? (barrier->phase & 1) != (phase & 1) : barrier->phase != phase;
+    const bool complete =
+        detail.parity ? (barrier->phase & 1) != (phase & 1) : barrier->phase != phase;
     if (!complete) return;
     done |= lane_bit(l);
     if (detail.acquire) barrier->completed.acquire(warp, lane_bit(l));
@@ -209,7 +216,8 @@ void bind_mbarrier(Binder& b) {
     // The state may be left out where nobody wants it.
     const bool has_state = b.operand(0).kind != ptx::Operand::Kind::Address;
     const int address = has_state ? 1 : 0;
-    b.step.slots = {detail->memory.take_address(b, address), has_state ? b.destination(0, kB64) : Slot{},
+    b.step.slots = {detail->memory.take_address(b, address),
+                    has_state ? b.destination(0, kB64) : Slot{},
                     b.operand_count() > address + 1 ? b.source(address + 1, kB32) : Slot{}};
     b.step.run = run_arrive;
     return;
@@ -252,7 +260,8 @@ void bind_mapa(Binder& b) {
   b.step.run = [](Warp& warp, const Step& step, LaneMask active) {
     warp.require_defined(step, step.slots[2], active, "names a block of the cluster");
     for_each_lane(active, [&](int l) {
-      if (warp.value(step.slots[2], l) != 0) warp.report(Check::OutOfBounds, step, l, "a cluster has one block here");
+      if (warp.value(step.slots[2], l) != 0)
+        warp.report(Check::OutOfBounds, step, l, "a cluster has one block here");
       const uint64_t address = warp.value(step.slots[1], l);
       const auto unknown = warp.undefined_of<uint64_t>(step.slots[1], l);
       warp.store_lane(step.slots[0], l, address);

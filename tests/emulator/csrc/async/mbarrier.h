@@ -12,7 +12,8 @@ namespace emulator {
 // The mbarrier at a shared address; nullptr, and a finding, where none was initialised.
 MBarrier* find_mbarrier(Warp& warp, const Step& step, int lane, uint32_t address);
 
-// `count` arrivals, with what was released put into `gathering` before. Completes the phase when it can.
+// `count` arrivals, with what was released put into `gathering` before. Completes the phase when it
+// can.
 void arrive_on(Warp& warp, const Step& step, int lane, MBarrier& barrier, uint32_t count);
 // Bytes of bulk copies that were announced (positive) or have landed (negative).
 void change_transactions(Block& block, MBarrier& barrier, int64_t bytes);

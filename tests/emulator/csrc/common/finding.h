@@ -1,4 +1,5 @@
-// What the checks found: each finding names the kernel, the line, the lane, the buffer and the offset.
+// What the checks found: each finding names the kernel, the line, the lane, the buffer and the
+// offset.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ enum class Check {
   Proxy,         // generic and async proxy not ordered by a fence
   Barrier,       // divergence, wrong counts, exited threads
   Deadlock,
-  Convergence,   // .sync with a mask that the lanes do not match
-  Assertion,     // trap, __assertfail
+  Convergence,  // .sync with a mask that the lanes do not match
+  Assertion,    // trap, __assertfail
 };
 
 const char* name_of(Check check);
@@ -34,9 +35,9 @@ struct Finding {
   int thread[3] = {0, 0, 0};
   int warp = 0;
   int lane = 0;
-  std::string buffer;   // empty: none
-  int64_t offset = 0;   // bytes from the buffer's start; may be negative
-  int64_t count = 1;    // occurrences of the same check at the same instruction
+  std::string buffer;  // empty: none
+  int64_t offset = 0;  // bytes from the buffer's start; may be negative
+  int64_t count = 1;   // occurrences of the same check at the same instruction
 };
 
 }  // namespace emulator

@@ -11,9 +11,15 @@ constexpr int kLanes = 32;
 using LaneMask = uint32_t;
 constexpr LaneMask kAllLanes = ~LaneMask{0};
 
-inline LaneMask lane_bit(int lane) { return LaneMask{1} << lane; }
-inline int count(LaneMask lanes) { return __builtin_popcount(lanes); }
-inline int first_lane(LaneMask lanes) { return __builtin_ctz(lanes); }
+inline LaneMask lane_bit(int lane) {
+  return LaneMask{1} << lane;
+}
+inline int count(LaneMask lanes) {
+  return __builtin_popcount(lanes);
+}
+inline int first_lane(LaneMask lanes) {
+  return __builtin_ctz(lanes);
+}
 
 // Calls `visit(lane)` for each lane of the set, from the lowest up.
 template <class Visit>

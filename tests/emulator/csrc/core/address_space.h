@@ -1,5 +1,5 @@
-// Generic addresses (PTX ISA, "Generic Addressing"): windows in which the other spaces appear. Global memory
-// and constants, which have memory of their own in it, appear as they are.
+// Generic addresses (PTX ISA, "Generic Addressing"): windows in which the other spaces appear.
+// Global memory and constants, which have memory of their own in it, appear as they are.
 #pragma once
 
 #include <cstdint>

@@ -54,15 +54,20 @@ int Binder::width_of(const Operand& operand) const {
   return operand.kind == Operand::Kind::Register && slot.valid ? slot.width : -1;
 }
 
-bool Binder::is_immediate(int i) const { return operand(i).kind == Operand::Kind::Immediate; }
+bool Binder::is_immediate(int i) const {
+  return operand(i).kind == Operand::Kind::Immediate;
+}
 
 int64_t Binder::immediate(int i) const {
   const Operand& o = operand(i);
-  if (o.kind != Operand::Kind::Immediate || o.is_float) unsupported("an operand that is not an integer literal");
+  if (o.kind != Operand::Kind::Immediate || o.is_float)
+    unsupported("an operand that is not an integer literal");
   return static_cast<int64_t>(o.value);
 }
 
-Slot Binder::constant(uint64_t bits, int width) { return layout_.constant(bits, width); }
+Slot Binder::constant(uint64_t bits, int width) {
+  return layout_.constant(bits, width);
+}
 
 namespace {
 
@@ -88,8 +93,8 @@ Slot Binder::source(const Operand& operand, const Type& type, bool any_width) {
       const Slot slot = layout_.register_slot(operand.name);
       if (slot.valid) {
         if (!any_width && slot.width != width) {
-          unsupported("`" + operand.name + "` of " + std::to_string(8 * slot.width) + " bits as a " +
-                      ptx::to_string(type));
+          unsupported("`" + operand.name + "` of " + std::to_string(8 * slot.width) +
+                      " bits as a " + ptx::to_string(type));
         }
         return slot;
       }
@@ -108,7 +113,9 @@ Slot Binder::source(const Operand& operand, const Type& type, bool any_width) {
   }
 }
 
-Slot Binder::source(int i, const Type& type, bool any_width) { return source(operand(i), type, any_width); }
+Slot Binder::source(int i, const Type& type, bool any_width) {
+  return source(operand(i), type, any_width);
+}
 
 Slot Binder::destination(const Operand& operand, const Type& type, bool any_width) {
   if (operand.kind == Operand::Kind::Sink) {
@@ -120,22 +127,29 @@ Slot Binder::destination(const Operand& operand, const Type& type, bool any_widt
   const Slot slot = layout_.register_slot(operand.name);
   if (!slot.valid) unsupported("the unknown register `" + operand.name + "`");
   if (!any_width && slot.width != type.bytes()) {
-    unsupported("`" + operand.name + "` of " + std::to_string(8 * slot.width) + " bits as a " + ptx::to_string(type));
+    unsupported("`" + operand.name + "` of " + std::to_string(8 * slot.width) + " bits as a " +
+                ptx::to_string(type));
   }
   return slot;
 }
 
-Slot Binder::destination(int i, const Type& type, bool any_width) { return destination(operand(i), type, any_width); }
+Slot Binder::destination(int i, const Type& type, bool any_width) {
+  return destination(operand(i), type, any_width);
+}
 
 Slot Binder::predicate(const Operand& operand, bool* negated) {
   *negated = operand.negated;
-  if (operand.kind != Operand::Kind::Register) unsupported("an operand that is not a predicate register");
+  if (operand.kind != Operand::Kind::Register)
+    unsupported("an operand that is not a predicate register");
   const Slot slot = layout_.register_slot(operand.name);
-  if (!slot.valid || slot.width != 0) unsupported("`" + operand.name + "`, which is not a predicate");
+  if (!slot.valid || slot.width != 0)
+    unsupported("`" + operand.name + "`, which is not a predicate");
   return slot;
 }
 
-Slot Binder::predicate_register(const std::string& name) { return layout_.hidden_predicate(name); }
+Slot Binder::predicate_register(const std::string& name) {
+  return layout_.hidden_predicate(name);
+}
 
 Slot Binder::address(const Operand& operand, int64_t* offset) {
   if (operand.kind != Operand::Kind::Address) unsupported("an operand that is not an address");
@@ -143,7 +157,8 @@ Slot Binder::address(const Operand& operand, int64_t* offset) {
   if (operand.name.empty()) return constant(0, 8);
   if (operand.negated) {  // the parser's mark of a base register
     const Slot slot = layout_.register_slot(operand.name);
-    if (!slot.valid || (slot.width != 8 && slot.width != 4)) unsupported("the address register `" + operand.name + "`");
+    if (!slot.valid || (slot.width != 8 && slot.width != 4))
+      unsupported("the address register `" + operand.name + "`");
     return slot;
   }
   const FrameLayout::Symbol* symbol = layout_.symbol(operand.name);

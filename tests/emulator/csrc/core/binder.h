@@ -1,5 +1,6 @@
-// Turns one parsed instruction into a Step. An opcode's binder reads the modifiers, picks the handler's
-// instantiation and places the operands; what it does not know it refuses by `unsupported`.
+// Turns one parsed instruction into a Step. An opcode's binder reads the modifiers, picks the
+// handler's instantiation and places the operands; what it does not know it refuses by
+// `unsupported`.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ class Binder {
   const ptx::Instruction& instruction;
   Step& step;
 
-  // Modifiers in order, one after another: `next()` looks, `take("sat")` consumes it when it is next,
-  // `take_type` consumes a type. `done()` refuses whatever is left over.
+  // Modifiers in order, one after another: `next()` looks, `take("sat")` consumes it when it is
+  // next, `take_type` consumes a type. `done()` refuses whatever is left over.
   const std::string& next() const;
   bool take(const std::string& modifier);
   bool take_type(ptx::Type* type);
@@ -45,8 +46,8 @@ class Binder {
   int label(int operand) const;
   // A constant of `width` bytes in every lane.
   Slot constant(uint64_t bits, int width);
-  // [base + offset]: the base as a source slot (8 or 4 bytes wide), or a constant slot for a symbol.
-  // The byte offset is returned apart.
+  // [base + offset]: the base as a source slot (8 or 4 bytes wide), or a constant slot for a
+  // symbol. The byte offset is returned apart.
   Slot address(const ptx::Operand& operand, int64_t* offset);
   Slot address(int operand, int64_t* offset) { return address(this->operand(operand), offset); }
 
@@ -91,7 +92,7 @@ void add_warp(Opcodes&);
 void add_memory(Opcodes&);
 void add_atomic(Opcodes&);
 void add_barrier(Opcodes&);
-void add_matrix(Opcodes&);       // ldmatrix, stmatrix, movmatrix, mma
+void add_matrix(Opcodes&);  // ldmatrix, stmatrix, movmatrix, mma
 void add_wgmma(Opcodes&);
 void add_asynchronous(Opcodes&);  // cp.async, cp.async.bulk, mbarrier
 

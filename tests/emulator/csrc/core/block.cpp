@@ -8,8 +8,8 @@ namespace emulator {
 
 namespace {
 
-// Polls in vain, since memory changed last, after which other blocks get a turn: threads may spin together, through
-// the block's barriers, which alone would look like progress.
+// Polls in vain, since memory changed last, after which other blocks get a turn: threads may spin
+// together, through the block's barriers, which alone would look like progress.
 constexpr int kVainPolls = 64;
 
 // Steps that a warp runs before others of its block get a turn: long, for the host's caches.
@@ -18,7 +18,8 @@ constexpr int kQuantum = 4096;
 std::vector<SharedMemory::Variable> shared_variables(const Program& program) {
   std::vector<SharedMemory::Variable> variables = program.shared_variables;
   if (!program.dynamic_shared_name.empty()) {
-    variables.push_back({kSharedBase + program.dynamic_shared_offset, 0, program.dynamic_shared_name});
+    variables.push_back(
+        {kSharedBase + program.dynamic_shared_offset, 0, program.dynamic_shared_name});
   }
   return variables;
 }
@@ -48,9 +49,15 @@ Block::Block(Launch& launch, int index)
   }
 }
 
-const Settings& Block::settings() const { return launch_.machine.settings; }
-const Limits& Block::limits() const { return launch_.machine.limits; }
-Counters& Block::counters() { return launch_.record.counters; }
+const Settings& Block::settings() const {
+  return launch_.machine.settings;
+}
+const Limits& Block::limits() const {
+  return launch_.machine.limits;
+}
+Counters& Block::counters() {
+  return launch_.record.counters;
+}
 
 int Block::new_agent() {
   async.agent_epochs.push_back(0);
@@ -86,8 +93,8 @@ void Block::complete(NamedBarrier& barrier) {
   progressed();
 }
 
-// Bulk copies land as late as they may: when nothing else in the block can go on. With the blocks in reverse
-// order they land in reverse too, for nothing orders one before another.
+// Bulk copies land as late as they may: when nothing else in the block can go on. With the blocks
+// in reverse order they land in reverse too, for nothing orders one before another.
 bool Block::land_bulk_copy() {
   if (async.bulk.empty()) return false;
   BulkCopy copy;
@@ -103,7 +110,8 @@ bool Block::land_bulk_copy() {
   return true;
 }
 
-// A bulk store that nobody waited for still reads the block's shared memory, which is gone with its threads.
+// A bulk store that nobody waited for still reads the block's shared memory, which is gone with its
+// threads.
 void Block::finish_bulk_stores() {
   for (ThreadBulkGroups& mine : async.bulk_groups) {
     for (const auto& group : mine.groups) {
@@ -121,7 +129,8 @@ bool Block::release_past_exited() {
     if (barrier.waiters.empty() || barrier.counted || barrier.arrived < alive) continue;
     const NamedBarrier::Waiter& first = barrier.waiters.front();
     first.warp->report(Check::Barrier, *first.step, first_lane(first.lanes),
-                       std::to_string(threads_ - alive) + " of the block's " + std::to_string(threads_) +
+                       std::to_string(threads_ - alive) + " of the block's " +
+                           std::to_string(threads_) +
                            " threads have exited and never come to this barrier");
     complete(barrier);
     return true;
@@ -190,9 +199,11 @@ void Block::report_stuck(const char* why) {
       const Step& step = program_.steps[static_cast<size_t>(group.pc)];
       if (group.gathering) {
         warp->report(Check::Barrier, step, first_lane(group.lanes),
-                     "divergent: these lanes wait for others of their warp that never come here (" + all + ")");
+                     "divergent: these lanes wait for others of their warp that never come here (" +
+                         all + ")");
       } else {
-        warp->report(Check::Deadlock, step, first_lane(group.lanes), std::string(why) + " (" + all + ")");
+        warp->report(Check::Deadlock, step, first_lane(group.lanes),
+                     std::string(why) + " (" + all + ")");
       }
     }
   }

@@ -1,4 +1,5 @@
-// A block of threads: its warps, its shared and local memory, its barriers, and what is under way in it.
+// A block of threads: its warps, its shared and local memory, its barriers, and what is under way
+// in it.
 #pragma once
 
 #include <cstdint>
@@ -67,7 +68,7 @@ class Block {
   SharedMemory& shared() { return shared_; }
   const SharedMemory& shared() const { return shared_; }
   const Program& program() const { return program_; }
-  int index() const { return index_; }        // linear, in the grid
+  int index() const { return index_; }  // linear, in the grid
   const int* coordinates() const { return coordinates_; }
   int threads() const { return threads_; }
   int warps() const { return static_cast<int>(warps_.size()); }
@@ -87,8 +88,12 @@ class Block {
   int first_agent() const { return warps() * kLanes; }
   int new_agent();
   // The agent has done something more; its epoch, which covers all of it so far.
-  uint32_t advance(int agent) { return ++async.agent_epochs[static_cast<size_t>(agent - first_agent())]; }
-  uint32_t epoch_of(int agent) const { return async.agent_epochs[static_cast<size_t>(agent - first_agent())]; }
+  uint32_t advance(int agent) {
+    return ++async.agent_epochs[static_cast<size_t>(agent - first_agent())];
+  }
+  uint32_t epoch_of(int agent) const {
+    return async.agent_epochs[static_cast<size_t>(agent - first_agent())];
+  }
   // The lanes learn of all that the agent did up to `epoch`.
   static void learn(Warp& warp, LaneMask lanes, int agent, uint32_t epoch);
 
@@ -108,8 +113,8 @@ class Block {
   void complete(NamedBarrier& barrier);
 
   enum class Outcome { Finished, Idle, Stuck };
-  // Runs until all threads have exited, or nothing can go on without other blocks (Idle: some warp spins;
-  // Stuck: none does, the block waits for itself).
+  // Runs until all threads have exited, or nothing can go on without other blocks (Idle: some warp
+  // spins; Stuck: none does, the block waits for itself).
   Outcome run();
   // "warp 3 lanes 0xffffffff wait at line 120 `bar.sync 1, 64`; ..."
   std::string describe_waiting() const;

@@ -4,15 +4,16 @@
 
 namespace emulator {
 
-FrameLayout::FrameLayout(const ptx::Kernel& kernel, Program* program) : kernel_(kernel), program_(program) {
+FrameLayout::FrameLayout(const ptx::Kernel& kernel, Program* program)
+    : kernel_(kernel), program_(program) {
   for (const ptx::Register& r : kernel.registers) {
     registers_[r.name] = add(r.type.bytes());
     types_[r.name] = r.type;
   }
 }
 
-// A predicate takes one 32-bit mask for the whole warp, any other register a value for each lane. Every
-// slot begins at a multiple of 64 bytes, a vector register of the host.
+// A predicate takes one 32-bit mask for the whole warp, any other register a value for each lane.
+// Every slot begins at a multiple of 64 bytes, a vector register of the host.
 Slot FrameLayout::add(int width) {
   Slot slot;
   slot.offset = next_;

@@ -1,5 +1,5 @@
-// Lays out a warp's frame: where each register, constant and special register lies, and what each symbol's
-// address is.
+// Lays out a warp's frame: where each register, constant and special register lies, and what each
+// symbol's address is.
 #pragma once
 
 #include <map>
@@ -17,7 +17,8 @@ class FrameLayout {
  public:
   FrameLayout(const ptx::Kernel& kernel, Program* program);
 
-  // Invalid where no such register was declared; special registers come to be as they are asked for.
+  // Invalid where no such register was declared; special registers come to be as they are asked
+  // for.
   Slot register_slot(const std::string& name) const;
   Slot special(const std::string& name, int width);
   Slot hidden_predicate(const std::string& name);  // "%cc"

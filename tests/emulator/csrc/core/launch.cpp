@@ -12,8 +12,8 @@ namespace emulator {
 
 namespace {
 
-// Rounds in which all resident blocks spin and nothing changes before that is called a deadlock: a thread
-// may count its polls and give up.
+// Rounds in which all resident blocks spin and nothing changes before that is called a deadlock: a
+// thread may count its polls and give up.
 constexpr int kIdleRounds = 300;
 
 int next_launch_id() {
@@ -23,8 +23,8 @@ int next_launch_id() {
 
 }  // namespace
 
-Launch::Launch(Machine& machine, const Program& program, const LaunchShape& shape, const void* parameters,
-               LaunchRecord* record)
+Launch::Launch(Machine& machine, const Program& program, const LaunchShape& shape,
+               const void* parameters, LaunchRecord* record)
     : machine(machine),
       program(program),
       shape(shape),
@@ -48,7 +48,8 @@ Launch::~Launch() {
     for (uint64_t i = 0; i < allocation->pages(); ++i) {
       const Page* page = allocation->page_if_touched(i);
       if (page == nullptr || !page->trace || page->trace->launch != id) continue;
-      for (const uint64_t bits : page->trace->read) counters.unique_read += static_cast<uint64_t>(__builtin_popcountll(bits));
+      for (const uint64_t bits : page->trace->read)
+        counters.unique_read += static_cast<uint64_t>(__builtin_popcountll(bits));
       for (const uint64_t bits : page->trace->written) {
         counters.unique_written += static_cast<uint64_t>(__builtin_popcountll(bits));
       }
@@ -57,7 +58,8 @@ Launch::~Launch() {
   }
 }
 
-// As many as the device holds at once: blocks that wait for one that does not fit yet wait forever there too.
+// As many as the device holds at once: blocks that wait for one that does not fit yet wait forever
+// there too.
 int Launch::blocks_at_once() const {
   KernelResources kernel;
   kernel.registers = program.registers;
@@ -105,7 +107,8 @@ void Launch::run() {
       idle = 0;
     } else if (++idle > kIdleRounds) {
       for (const auto& block : resident) {
-        block->report_stuck("deadlock: every block spins, and none of them will change what another waits for");
+        block->report_stuck(
+            "deadlock: every block spins, and none of them will change what another waits for");
       }
       throw LaunchEnd("deadlock");
     }

@@ -29,7 +29,8 @@ class Program {
   std::vector<Parameter> parameters;
   uint32_t parameter_bytes = 0;
   uint32_t static_shared_bytes = 0;
-  uint32_t dynamic_shared_offset = 0;  // from the first variable: static memory, rounded to the alignment
+  uint32_t dynamic_shared_offset =
+      0;                     // from the first variable: static memory, rounded to the alignment
   uint32_t local_bytes = 0;  // of a thread
   std::array<int, 3> max_threads{0, 0, 0};
   std::array<int, 3> required_threads{0, 0, 0};

@@ -20,16 +20,18 @@ void place_parameters(const ptx::Kernel& kernel, FrameLayout* layout, Program* p
   uint64_t offset = 0;
   for (const ptx::Variable& v : kernel.parameters) {
     offset = round_up(offset, v.alignment);
-    program->parameters.push_back({v.name, static_cast<uint32_t>(offset), static_cast<uint32_t>(v.bytes)});
+    program->parameters.push_back(
+        {v.name, static_cast<uint32_t>(offset), static_cast<uint32_t>(v.bytes)});
     layout->define(v.name, {ptx::Space::Parameter, offset});
     offset += v.bytes;
   }
   program->parameter_bytes = static_cast<uint32_t>(offset);
 }
 
-// Shared variables, the module's that the kernel names and its own, from kSharedBase on; then the dynamic
-// part, which every `extern .shared x[]` names.
-void place_shared(const ptx::Module& module, const ptx::Kernel& kernel, FrameLayout* layout, Program* program) {
+// Shared variables, the module's that the kernel names and its own, from kSharedBase on; then the
+// dynamic part, which every `extern .shared x[]` names.
+void place_shared(const ptx::Module& module, const ptx::Kernel& kernel, FrameLayout* layout,
+                  Program* program) {
   std::set<std::string> used;
   for (const ptx::Instruction& instruction : kernel.instructions) {
     for (const ptx::Operand& operand : instruction.operands) {
@@ -58,8 +60,8 @@ void place_shared(const ptx::Module& module, const ptx::Kernel& kernel, FrameLay
     if (v.space == ptx::Space::Shared) place(v);
   }
   program->static_shared_bytes = static_cast<uint32_t>(offset);
-  program->dynamic_shared_offset =
-      static_cast<uint32_t>(dynamic.empty() ? offset : round_up(kSharedBase + offset, dynamic_alignment) - kSharedBase);
+  program->dynamic_shared_offset = static_cast<uint32_t>(
+      dynamic.empty() ? offset : round_up(kSharedBase + offset, dynamic_alignment) - kSharedBase);
   for (const std::string& name : dynamic) {
     layout->define(name, {ptx::Space::Shared, kSharedBase + program->dynamic_shared_offset});
     program->dynamic_shared_name = name;
@@ -106,7 +108,8 @@ std::unique_ptr<Program> build_program(const ptx::Module& module, const ptx::Ker
     step.pc = static_cast<int>(i);
     std::string opcode = instruction.root;
     for (const std::string& modifier : instruction.modifiers) opcode += "." + modifier;
-    const auto [at, fresh] = opcode_indices.try_emplace(opcode, static_cast<int>(program->opcodes.size()));
+    const auto [at, fresh] =
+        opcode_indices.try_emplace(opcode, static_cast<int>(program->opcodes.size()));
     if (fresh) program->opcodes.push_back(opcode);
     step.opcode = at->second;
     Binder binder(instruction, layout, &step);
@@ -122,8 +125,9 @@ std::unique_ptr<Program> build_program(const ptx::Module& module, const ptx::Ker
     if (bind == nullptr) binder.unsupported("the opcode `" + opcode + "`");
     bind(binder);
   }
-  if (kernel.instructions.empty() || !(kernel.instructions.back().root == "ret" || kernel.instructions.back().root == "exit" ||
-                                       kernel.instructions.back().root == "bra" || kernel.instructions.back().root == "trap")) {
+  if (kernel.instructions.empty() ||
+      !(kernel.instructions.back().root == "ret" || kernel.instructions.back().root == "exit" ||
+        kernel.instructions.back().root == "bra" || kernel.instructions.back().root == "trap")) {
     throw ParseError(kernel.line, "kernel `" + kernel.name + "` can run past its end");
   }
   layout.finish();

@@ -22,8 +22,9 @@ struct Slot {
   bool valid = false;  // false: no register, the sink `_`
 };
 
-// Runs `step` for the lanes of `active`, a set that is not empty and to which the guard was applied.
-// A handler must be total: it may compute garbage for lanes outside `active` but never trap on it.
+// Runs `step` for the lanes of `active`, a set that is not empty and to which the guard was
+// applied. A handler must be total: it may compute garbage for lanes outside `active` but never
+// trap on it.
 using Handler = void (*)(Warp& warp, const Step& step, LaneMask active);
 
 // Whatever else a handler wants to know; made once, shared by all warps.
@@ -41,7 +42,7 @@ enum class Flow : uint8_t {
 
 struct Step {
   Handler run = nullptr;
-  std::vector<Slot> slots;        // operands in an order of the handler's own
+  std::vector<Slot> slots;              // operands in an order of the handler's own
   int64_t immediate[4] = {0, 0, 0, 0};  // small constants of the handler's own
   std::shared_ptr<const Detail> detail;
   Slot guard;  // valid: only lanes where it holds (or not, if negated) run

@@ -8,10 +8,15 @@
 namespace emulator {
 
 Warp::Warp(Block& block, const Program& program, int index, LaneMask live)
-    : block_(block), program_(program), index_(index), live_(live), groups_{{0, live, Group::State::Ready, false}} {
+    : block_(block),
+      program_(program),
+      index_(index),
+      live_(live),
+      groups_{{0, live, Group::State::Ready, false}} {
   constexpr size_t kLine = 64;
   storage_.resize(2 * size_t{program.frame_bytes} + kLine);
-  values_ = storage_.data() + (kLine - reinterpret_cast<uintptr_t>(storage_.data()) % kLine) % kLine;
+  values_ =
+      storage_.data() + (kLine - reinterpret_cast<uintptr_t>(storage_.data()) % kLine) % kLine;
   undefined_ = values_ + program.frame_bytes;
   // A register is undefined until it is written.
   std::memset(undefined_, 0xff, program.frame_bytes);
@@ -69,7 +74,8 @@ void Warp::set_specials() {
       } else if (base == "%total_smem_size") {
         value = block_.shared().size();
       }
-      // The rest are zero: %cluster_ctaid, %cluster_ctarank, %is_explicit_cluster, %gridid; clocks tick.
+      // The rest are zero: %cluster_ctaid, %cluster_ctarank, %is_explicit_cluster, %gridid; clocks
+      // tick.
       store_lane(special.slot, l, value);
     }
     if (base == "%clock" || base == "%clock64" || base == "%clock_hi" || base == "%globaltimer") {
@@ -90,8 +96,8 @@ uint64_t Warp::value(const Slot& slot, int lane) const {
   return bits;
 }
 
-void Warp::report(Check check, const Step& step, int lane, const std::string& message, const std::string& buffer,
-                  int64_t offset) {
+void Warp::report(Check check, const Step& step, int lane, const std::string& message,
+                  const std::string& buffer, int64_t offset) {
   if (block_.launch().repeats(check, step.source->at.ptx_line)) return;
   Finding finding;
   finding.check = check;
@@ -117,7 +123,8 @@ void Warp::report(Check check, const Step& step, int lane, const std::string& me
 
 void Warp::require_defined(const Step& step, const Slot& slot, LaneMask lanes, const char* use) {
   const LaneMask bad = tainted(slot) & lanes;
-  if (bad != 0) report(Check::Uninitialised, step, first_lane(bad), std::string("an undefined value ") + use);
+  if (bad != 0)
+    report(Check::Uninitialised, step, first_lane(bad), std::string("an undefined value ") + use);
 }
 
 void Warp::split_off(LaneMask lanes, int pc) {
@@ -190,8 +197,8 @@ void Warp::polled(const Step& step, bool changed) {
   }
 }
 
-// The lowest program counter first: in the code that compilers lay out, whoever is behind catches up with
-// those who wait where paths meet.
+// The lowest program counter first: in the code that compilers lay out, whoever is behind catches
+// up with those who wait where paths meet.
 Group* Warp::pick() {
   Group* best = nullptr;
   for (size_t i = 0; i < groups_.size(); ++i) {

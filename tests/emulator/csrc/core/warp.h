@@ -1,4 +1,5 @@
-// A warp: its frame of registers, its groups of lanes, and what its lanes know of other threads' work.
+// A warp: its frame of registers, its groups of lanes, and what its lanes know of other threads'
+// work.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ namespace emulator {
 class Block;
 class Program;
 
-// Lanes that are at the same instruction. A warp starts as one group, splits at divergent branches, and
-// merges again where groups meet: the group with the lowest program counter runs first.
+// Lanes that are at the same instruction. A warp starts as one group, splits at divergent branches,
+// and merges again where groups meet: the group with the lowest program counter runs first.
 struct Group {
   enum class State : uint8_t {
     Ready,
@@ -36,7 +37,8 @@ class Warp {
   Warp(const Warp&) = delete;
   Warp& operator=(const Warp&) = delete;
 
-  // ---- registers ----------------------------------------------------------------------------------
+  // ---- registers
+  // ----------------------------------------------------------------------------------
   template <class T>
   T* lanes(const Slot& slot) {
     return reinterpret_cast<T*>(values_ + slot.offset);
@@ -96,49 +98,55 @@ class Warp {
     taint_[slot.index] = (taint_[slot.index] & ~active) | (undefined & active);
     written_[slot.index] = serial_;
   }
-  // The number of the instruction that wrote the slot last, and that of the one that runs: both count
-  // the instructions of this warp.
+  // The number of the instruction that wrote the slot last, and that of the one that runs: both
+  // count the instructions of this warp.
   uint64_t written(const Slot& slot) const { return written_[slot.index]; }
   uint64_t serial() const { return serial_; }
 
-  // ---- checks -------------------------------------------------------------------------------------
-  // Records a finding at `step`, which `lane` ran; `offset` counts from the start of `buffer`, if any.
+  // ---- checks
+  // ------------------------------------------------------------------------------------- Records a
+  // finding at `step`, which `lane` ran; `offset` counts from the start of `buffer`, if any.
   void report(Check check, const Step& step, int lane, const std::string& message,
               const std::string& buffer = "", int64_t offset = 0);
-  // "Uninitialised" when a lane of `lanes` is tainted in `slot`; `use` completes "... decides a branch".
+  // "Uninitialised" when a lane of `lanes` is tainted in `slot`; `use` completes "... decides a
+  // branch".
   void require_defined(const Step& step, const Slot& slot, LaneMask lanes, const char* use);
 
-  // ---- control ------------------------------------------------------------------------------------
+  // ---- control
+  // ------------------------------------------------------------------------------------
   Block& block() { return block_; }
   const Block& block() const { return block_; }
   int index() const { return index_; }  // in its block
   int thread(int lane) const { return index_ * kLanes + lane; }
-  LaneMask live() const { return live_; }  // not exited
-  Group& group() { return groups_[current_]; }         // the one that runs
+  LaneMask live() const { return live_; }       // not exited
+  Group& group() { return groups_[current_]; }  // the one that runs
 
   // Handlers of Flow::Branch and Flow::Blocking move the program counter themselves.
   void jump(int pc) { group().pc = pc; }
   void advance() { ++group().pc; }
   void branch(LaneMask taken, int target);  // splits the group where its lanes disagree
   void exit(LaneMask lanes);
-  // The running group stays at this instruction until `resume`, which sends its lanes on to the next one.
+  // The running group stays at this instruction until `resume`, which sends its lanes on to the
+  // next one.
   void wait() { group().state = Group::State::Waiting; }
   void resume(LaneMask lanes);
   void yield() { group().state = Group::State::Yielded; }
-  // Gathers `members` in the running group, as .sync instructions demand. False where some are still
-  // elsewhere: the group waits for them at this instruction, and the handler returns at once. After true the
-  // handler works on group().lanes. Reports members that have exited or were not named by all.
+  // Gathers `members` in the running group, as .sync instructions demand. False where some are
+  // still elsewhere: the group waits for them at this instruction, and the handler returns at once.
+  // After true the handler works on group().lanes. Reports members that have exited or were not
+  // named by all.
   bool gather(const Step& step, LaneMask members);
-  // A strong or volatile load, or an atomic, ran: the second and later ones in a row at the same place that
-  // see no change mean that the group spins, and let others go first.
+  // A strong or volatile load, or an atomic, ran: the second and later ones in a row at the same
+  // place that see no change mean that the group spins, and let others go first.
   void polled(const Step& step, bool changed);
 
   enum class Outcome { Finished, Waiting, Yielded, Quantum };
   Outcome run(int quantum);
   const std::vector<Group>& groups() const { return groups_; }
 
-  // ---- ordering -----------------------------------------------------------------------------------
-  // What each lane knows of other threads' accesses (races/clock.h).
+  // ---- ordering
+  // ----------------------------------------------------------------------------------- What each
+  // lane knows of other threads' accesses (races/clock.h).
   Knowledge known[kLanes];
   // Stamps this warp's accesses; moves on at every release, so that later accesses are not covered.
   uint32_t epoch = 1;

@@ -29,7 +29,8 @@ Counters::Counters(const Program& program) : steps(program.steps.size()), opcode
   }
 }
 
-void Counters::global_request(const Step& step, const uint64_t* addresses, LaneMask lanes, int bytes) {
+void Counters::global_request(const Step& step, const uint64_t* addresses, LaneMask lanes,
+                              int bytes) {
   if (lanes == 0) return;
   // A lane's bytes are aligned to their size, so 16 of them never straddle two sectors.
   uint64_t starts[kLanes], sectors[kLanes];
@@ -38,17 +39,19 @@ void Counters::global_request(const Step& step, const uint64_t* addresses, LaneM
     starts[n] = addresses[l];
     sectors[n++] = addresses[l] / kSectorBytes;
   });
-  const auto unique_bytes = static_cast<uint64_t>(sort_unique(starts, n)) * static_cast<uint64_t>(bytes);
+  const auto unique_bytes =
+      static_cast<uint64_t>(sort_unique(starts, n)) * static_cast<uint64_t>(bytes);
   StepCounters& counters = steps[static_cast<size_t>(step.pc)];
   ++counters.requests;
   counters.sectors += static_cast<uint64_t>(sort_unique(sectors, n));
   counters.ideal_sectors += (unique_bytes + kSectorBytes - 1) / kSectorBytes;
 }
 
-// The hardware serves a request in groups of lanes that can take 128 bytes at most: all lanes at once up to
-// 4 bytes each, halves at 8, quarters at 16. In a group, each bank gives one word a pass; lanes that want
-// the same word share it.
-void Counters::shared_request(const Step& step, const uint32_t* addresses, LaneMask lanes, int bytes) {
+// The hardware serves a request in groups of lanes that can take 128 bytes at most: all lanes at
+// once up to 4 bytes each, halves at 8, quarters at 16. In a group, each bank gives one word a
+// pass; lanes that want the same word share it.
+void Counters::shared_request(const Step& step, const uint32_t* addresses, LaneMask lanes,
+                              int bytes) {
   StepCounters& counters = steps[static_cast<size_t>(step.pc)];
   ++counters.shared_requests;
   const int group = bytes <= 4 ? kLanes : 128 / bytes;

@@ -1,4 +1,5 @@
-// What a launch did, in units that a GPU's profiler counts too. Instructions and requests are a warp's.
+// What a launch did, in units that a GPU's profiler counts too. Instructions and requests are a
+// warp's.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +32,8 @@ struct StepCounters {
 
 struct BufferCounters {
   std::string name;
-  uint64_t bytes_read = 0, bytes_written = 0;      // by all requests
-  uint64_t unique_read = 0, unique_written = 0;    // each byte once: the DRAM lower bound
+  uint64_t bytes_read = 0, bytes_written = 0;    // by all requests
+  uint64_t unique_read = 0, unique_written = 0;  // each byte once: the DRAM lower bound
 };
 
 class Counters {

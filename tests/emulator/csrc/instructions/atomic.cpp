@@ -1,5 +1,5 @@
-// atom and red in global and shared memory (PTX ISA 9.7.13, "atom"). An atomic is strong: it does not race with
-// other atomics, and it publishes and observes what orders blocks.
+// atom and red in global and shared memory (PTX ISA 9.7.13, "atom"). An atomic is strong: it does
+// not race with other atomics, and it publishes and observes what orders blocks.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -19,7 +19,18 @@ namespace {
 
 using ptx::Type;
 
-enum class Operation { Add, Min, Max, Increment, Decrement, And, Or, Xor, Exchange, CompareAndSwap };
+enum class Operation {
+  Add,
+  Min,
+  Max,
+  Increment,
+  Decrement,
+  And,
+  Or,
+  Xor,
+  Exchange,
+  CompareAndSwap
+};
 
 struct AtomicDetail : Detail {
   MemoryOperand memory;
@@ -81,11 +92,13 @@ uint64_t apply(const AtomicDetail& d, uint64_t old, uint64_t b, uint64_t c) {
   if (d.type.is_float() && d.type.bits == 16) {
     uint64_t result = 0;
     for (int i = 0; i < d.type.count; ++i) {
-      const auto x = static_cast<uint16_t>(old >> (16 * i)), y = static_cast<uint16_t>(b >> (16 * i));
+      const auto x = static_cast<uint16_t>(old >> (16 * i)),
+                 y = static_cast<uint16_t>(b >> (16 * i));
       const bool half = d.type.cls == Type::Class::Float;
       const double sum = half ? floating(d.operation, decode<Binary16>(x), decode<Binary16>(y))
                               : floating(d.operation, decode<BFloat16>(x), decode<BFloat16>(y));
-      result |= static_cast<uint64_t>(half ? encode<Binary16>(sum) : encode<BFloat16>(sum)) << (16 * i);
+      result |= static_cast<uint64_t>(half ? encode<Binary16>(sum) : encode<BFloat16>(sum))
+                << (16 * i);
     }
     return result;
   }
@@ -117,7 +130,8 @@ void run_atomic(Warp& warp, const Step& step, LaneMask active) {
     uint8_t value[32] = {}, undefined[32] = {}, unknown[32] = {};
     if (shared) {
       const auto at = static_cast<uint32_t>(address);
-      if (at % static_cast<uint32_t>(bytes) != 0 || !block.shared().inside(at, static_cast<uint64_t>(bytes))) {
+      if (at % static_cast<uint32_t>(bytes) != 0 ||
+          !block.shared().inside(at, static_cast<uint64_t>(bytes))) {
         block.shared().load(warp, step, l, at, bytes, value, undefined);  // refuses, and says so
         return;
       }
@@ -144,7 +158,8 @@ void run_atomic(Warp& warp, const Step& step, LaneMask active) {
       const uint64_t result = apply(detail, old, b, c);
       changed = changed || result != old;
       std::memcpy(value + e * size, &result, static_cast<size_t>(size));
-      const bool tainted = b_unknown != 0 || (old_unknown != 0 && detail.operation != Operation::Exchange);
+      const bool tainted =
+          b_unknown != 0 || (old_unknown != 0 && detail.operation != Operation::Exchange);
       std::memset(unknown + e * size, tainted ? 0xff : 0, static_cast<size_t>(size));
       if (slots[0].valid) {
         warp.store_lane(slots[0], l, old);
@@ -156,7 +171,8 @@ void run_atomic(Warp& warp, const Step& step, LaneMask active) {
       std::memcpy(block.shared().data(at), value, static_cast<size_t>(bytes));
       std::memcpy(block.shared().undefined(at), unknown, static_cast<size_t>(bytes));
       if (changed) block.changed();
-      if (block.settings().check_races) launch.races.publish(address | kSharedWindow, warp, l, ordering);
+      if (block.settings().check_races)
+        launch.races.publish(address | kSharedWindow, warp, l, ordering);
     } else {
       store_global(warp, step, l, address, bytes, ordering, value, unknown);
     }
@@ -172,10 +188,11 @@ void bind_atomic(Binder& b, bool returns) {
   detail->memory.take_modifiers(b);
   const std::string name = b.next();
   static const std::map<std::string, Operation> kOperations = {
-      {"add", Operation::Add},       {"min", Operation::Min},       {"max", Operation::Max},
-      {"inc", Operation::Increment}, {"dec", Operation::Decrement}, {"and", Operation::And},
-      {"or", Operation::Or},         {"xor", Operation::Xor},       {"exch", Operation::Exchange},
-      {"cas", Operation::CompareAndSwap}};
+      {"add", Operation::Add},       {"min", Operation::Min},
+      {"max", Operation::Max},       {"inc", Operation::Increment},
+      {"dec", Operation::Decrement}, {"and", Operation::And},
+      {"or", Operation::Or},         {"xor", Operation::Xor},
+      {"exch", Operation::Exchange}, {"cas", Operation::CompareAndSwap}};
   const auto found = kOperations.find(name);
   if (found == kOperations.end()) b.unsupported("the operation `" + name + "`");
   detail->operation = found->second;
@@ -190,10 +207,12 @@ void bind_atomic(Binder& b, bool returns) {
   detail->memory.take_modifiers(b);
   b.done();
   const int bytes = detail->type.bytes();
-  const bool moves = detail->operation == Operation::Exchange || detail->operation == Operation::CompareAndSwap;
-  if (bytes * detail->elements > 16 || (bytes < 4 && !detail->type.is_float() && !moves)) b.unsupported("the width");
-  if (detail->type.is_float() && detail->operation != Operation::Add && detail->operation != Operation::Min &&
-      detail->operation != Operation::Max) {
+  const bool moves =
+      detail->operation == Operation::Exchange || detail->operation == Operation::CompareAndSwap;
+  if (bytes * detail->elements > 16 || (bytes < 4 && !detail->type.is_float() && !moves))
+    b.unsupported("the width");
+  if (detail->type.is_float() && detail->operation != Operation::Add &&
+      detail->operation != Operation::Min && detail->operation != Operation::Max) {
     b.unsupported("the operation on floating-point numbers");
   }
   int operand = returns ? 1 : 0;
@@ -202,7 +221,8 @@ void bind_atomic(Binder& b, bool returns) {
   const auto element = [&](int o, int e) -> const ptx::Operand& {
     const ptx::Operand& whole = b.operand(o);
     if (detail->elements == 1) return whole;
-    if (static_cast<int>(whole.elements.size()) != detail->elements) b.unsupported("a vector of another length");
+    if (static_cast<int>(whole.elements.size()) != detail->elements)
+      b.unsupported("a vector of another length");
     return whole.elements[static_cast<size_t>(e)];
   };
   for (int e = 0; e < detail->elements; ++e) {
@@ -214,8 +234,12 @@ void bind_atomic(Binder& b, bool returns) {
   b.step.run = run_atomic;
 }
 
-void bind_atom(Binder& b) { bind_atomic(b, true); }
-void bind_red(Binder& b) { bind_atomic(b, false); }
+void bind_atom(Binder& b) {
+  bind_atomic(b, true);
+}
+void bind_red(Binder& b) {
+  bind_atomic(b, false);
+}
 
 }  // namespace
 

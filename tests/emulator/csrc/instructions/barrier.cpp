@@ -1,4 +1,5 @@
-// Barriers of a block (bar, barrier), of a cluster, and fences (PTX ISA 9.7.13, "Parallel Synchronization").
+// Barriers of a block (bar, barrier), of a cluster, and fences (PTX ISA 9.7.13, "Parallel
+// Synchronization").
 #include "core/binder.h"
 #include "core/block.h"
 #include "core/launch.h"
@@ -29,9 +30,11 @@ void finish_reduction(Warp& warp, const Step& step, LaneMask lanes, const NamedB
   const auto& detail = static_cast<const BarrierDetail&>(*step.detail);
   const Slot& d = step.slots[2];
   if (detail.reduction == Reduction::Count) {
-    for_each_lane(lanes, [&](int l) { warp.store_lane(d, l, static_cast<uint64_t>(barrier.reduced_count)); });
+    for_each_lane(
+        lanes, [&](int l) { warp.store_lane(d, l, static_cast<uint64_t>(barrier.reduced_count)); });
   } else {
-    const bool value = detail.reduction == Reduction::And ? barrier.reduced_and : barrier.reduced_or;
+    const bool value =
+        detail.reduction == Reduction::And ? barrier.reduced_and : barrier.reduced_or;
     warp.store_predicate(d, value ? kAllLanes : 0, lanes);
   }
 }
@@ -39,13 +42,15 @@ void finish_reduction(Warp& warp, const Step& step, LaneMask lanes, const NamedB
 // slots: the barrier's number, the count of threads, and of a reduction: d, the predicate.
 void run_barrier(Warp& warp, const Step& step, LaneMask) {
   const auto& detail = static_cast<const BarrierDetail&>(*step.detail);
-  // .aligned or not, the hardware counts whole warps: the lanes of one that are alive come together.
+  // .aligned or not, the hardware counts whole warps: the lanes of one that are alive come
+  // together.
   if (!warp.gather(step, step.immediate[0] != 0 ? warp.live() : warp.group().lanes)) return;
   const LaneMask lanes = warp.group().lanes;
   warp.require_defined(step, step.slots[0], lanes, "names a barrier");
   const auto number = warp.value(step.slots[0], first_lane(lanes));
   if (number >= Block::kBarriers) {
-    warp.report(Check::Barrier, step, first_lane(lanes), "barrier " + std::to_string(number) + ": there are 16");
+    warp.report(Check::Barrier, step, first_lane(lanes),
+                "barrier " + std::to_string(number) + ": there are 16");
     throw LaunchEnd("a barrier that does not exist");
   }
   Block& block = warp.block();
@@ -55,12 +60,14 @@ void run_barrier(Warp& warp, const Step& step, LaneMask) {
     warp.require_defined(step, step.slots[1], lanes, "is a barrier's count");
     expected = static_cast<int>(warp.value(step.slots[1], first_lane(lanes)));
     if (expected % kLanes != 0 || expected == 0) {
-      warp.report(Check::Barrier, step, first_lane(lanes),
-                  "a count of " + std::to_string(expected) + " threads: not a positive multiple of 32");
+      warp.report(
+          Check::Barrier, step, first_lane(lanes),
+          "a count of " + std::to_string(expected) + " threads: not a positive multiple of 32");
     }
     if (expected > block.warps() * kLanes) {
       warp.report(Check::Barrier, step, first_lane(lanes),
-                  "a count of " + std::to_string(expected) + " threads in a block of " + std::to_string(block.threads()));
+                  "a count of " + std::to_string(expected) + " threads in a block of " +
+                      std::to_string(block.threads()));
     }
   }
   if (barrier.arrived > 0 && barrier.expected != expected) {
@@ -86,11 +93,13 @@ void run_barrier(Warp& warp, const Step& step, LaneMask) {
     warp.advance();
   } else {
     warp.wait();
-    barrier.waiters.push_back({&warp, &step, lanes, detail.reduction == Reduction::None ? nullptr : finish_reduction});
+    barrier.waiters.push_back(
+        {&warp, &step, lanes, detail.reduction == Reduction::None ? nullptr : finish_reduction});
   }
   if (barrier.arrived > barrier.expected) {
     warp.report(Check::Barrier, step, first_lane(lanes),
-                std::to_string(barrier.arrived) + " threads at a barrier of " + std::to_string(barrier.expected));
+                std::to_string(barrier.arrived) + " threads at a barrier of " +
+                    std::to_string(barrier.expected));
   }
   if (barrier.arrived >= barrier.expected) block.complete(barrier);
 }
@@ -157,9 +166,11 @@ void run_cluster_arrive(Warp& warp, const Step&, LaneMask active) {
 
 void run_cluster_wait(Warp& warp, const Step&, LaneMask active) {
   ClusterBarrier& barrier = warp.block().cluster_barrier;
-  if (barrier.waits.empty()) barrier.waits.resize(static_cast<size_t>(warp.block().warps()) * kLanes);
+  if (barrier.waits.empty())
+    barrier.waits.resize(static_cast<size_t>(warp.block().warps()) * kLanes);
   uint32_t phase = 0;
-  for_each_lane(active, [&](int l) { phase = ++barrier.waits[static_cast<size_t>(warp.thread(l))]; });
+  for_each_lane(active,
+                [&](int l) { phase = ++barrier.waits[static_cast<size_t>(warp.thread(l))]; });
   if (phase <= barrier.completed) {
     barrier.known.acquire(warp, active);
     warp.advance();
@@ -201,13 +212,17 @@ void bind_barrier(Binder& b) {
   }
 }
 
-void run_fence(Warp& warp, const Step&, LaneMask active) { GlobalRaces::fence(warp, active); }
+void run_fence(Warp& warp, const Step&, LaneMask active) {
+  GlobalRaces::fence(warp, active);
+}
 
-// fence.proxy.async: what the lanes know by now, their own accesses included, the async proxy sees as well.
+// fence.proxy.async: what the lanes know by now, their own accesses included, the async proxy sees
+// as well.
 void run_proxy_fence(Warp& warp, const Step&, LaneMask active) {
   for_each_lane(active, [&](int l) {
     Knowledge& known = warp.known[l];
-    known.proxied = join(known.proxied, std::make_shared<const Clock>(with_own(known.ordered, warp, lane_bit(l))));
+    known.proxied = join(known.proxied,
+                         std::make_shared<const Clock>(with_own(known.ordered, warp, lane_bit(l))));
   });
   ++warp.epoch;
 }

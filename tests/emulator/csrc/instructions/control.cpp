@@ -21,7 +21,9 @@ void bind_bra(Binder& b) {
   b.step.run = run_bra;
 }
 
-void run_exit(Warp& warp, const Step&, LaneMask active) { warp.exit(active); }
+void run_exit(Warp& warp, const Step&, LaneMask active) {
+  warp.exit(active);
+}
 
 void bind_exit(Binder& b) {
   b.take("uni");
@@ -35,14 +37,18 @@ void bind_exit(Binder& b) {
   throw LaunchEnd(what);
 }
 
-void run_trap(Warp& warp, const Step& step, LaneMask active) { end(warp, step, active, "the kernel trapped"); }
+void run_trap(Warp& warp, const Step& step, LaneMask active) {
+  end(warp, step, active, "the kernel trapped");
+}
 
 void bind_trap(Binder& b) {
   b.done();
   b.step.run = run_trap;
 }
 
-void run_assertion(Warp& warp, const Step& step, LaneMask active) { end(warp, step, active, "an assertion failed"); }
+void run_assertion(Warp& warp, const Step& step, LaneMask active) {
+  end(warp, step, active, "an assertion failed");
+}
 
 // Functions are inlined by the compilers, except for the one that reports a failed assert().
 void bind_call(Binder& b) {
@@ -57,9 +63,11 @@ void bind_call(Binder& b) {
 
 void run_nothing(Warp&, const Step&, LaneMask) {}
 
-// setmaxnreg only moves registers between warps, pmevent and pragma-like hints change nothing that a program sees,
-// and a launch here never overlaps another (griddepcontrol).
-void bind_nothing(Binder& b) { b.step.run = run_nothing; }
+// setmaxnreg only moves registers between warps, pmevent and pragma-like hints change nothing that
+// a program sees, and a launch here never overlaps another (griddepcontrol).
+void bind_nothing(Binder& b) {
+  b.step.run = run_nothing;
+}
 
 void bind_setmaxnreg(Binder& b) {
   b.step.run = run_nothing;

@@ -22,15 +22,15 @@ struct Transfer : Detail {
   int bytes() const { return type.bytes() * elements; }
 };
 
-bool load_parameter(Warp& warp, const Step& step, int lane, uint64_t address, int bytes, uint8_t* value,
-                    uint8_t* undefined) {
+bool load_parameter(Warp& warp, const Step& step, int lane, uint64_t address, int bytes,
+                    uint8_t* value, uint8_t* undefined) {
   std::memset(undefined, 0, static_cast<size_t>(bytes));
   const std::vector<uint8_t>& parameters = warp.block().launch().parameters;
   if (address + static_cast<uint64_t>(bytes) > parameters.size()) {
     std::memset(value, 0, static_cast<size_t>(bytes));
     warp.report(Check::OutOfBounds, step, lane,
-                "reads " + std::to_string(bytes) + " bytes at " + std::to_string(address) + " of the " +
-                    std::to_string(parameters.size()) + " bytes of parameters");
+                "reads " + std::to_string(bytes) + " bytes at " + std::to_string(address) +
+                    " of the " + std::to_string(parameters.size()) + " bytes of parameters");
     return false;
   }
   std::memcpy(value, parameters.data() + address, static_cast<size_t>(bytes));
@@ -39,8 +39,9 @@ bool load_parameter(Warp& warp, const Step& step, int lane, uint64_t address, in
 
 bool local_in_bounds(Warp& warp, const Step& step, int lane, uint64_t address, int bytes) {
   if (address % static_cast<uint64_t>(bytes) != 0) {
-    warp.report(Check::Misaligned, step, lane, "accesses local memory at " + std::to_string(address) +
-                                                   ", which is not a multiple of " + std::to_string(bytes));
+    warp.report(Check::Misaligned, step, lane,
+                "accesses local memory at " + std::to_string(address) +
+                    ", which is not a multiple of " + std::to_string(bytes));
     return false;
   }
   if (address + static_cast<uint64_t>(bytes) > warp.block().program().local_bytes || address < 16) {
@@ -52,12 +53,13 @@ bool local_in_bounds(Warp& warp, const Step& step, int lane, uint64_t address, i
   return true;
 }
 
-void load_lane(Warp& warp, const Step& step, int lane, ptx::Space space, uint64_t address, const Transfer& t,
-               uint8_t* value, uint8_t* undefined) {
+void load_lane(Warp& warp, const Step& step, int lane, ptx::Space space, uint64_t address,
+               const Transfer& t, uint8_t* value, uint8_t* undefined) {
   const int bytes = t.bytes();
   switch (space) {
     case ptx::Space::Shared:
-      warp.block().shared().load(warp, step, lane, static_cast<uint32_t>(address), bytes, value, undefined);
+      warp.block().shared().load(warp, step, lane, static_cast<uint32_t>(address), bytes, value,
+                                 undefined);
       return;
     case ptx::Space::Parameter:
       load_parameter(warp, step, lane, address, bytes, value, undefined);
@@ -66,27 +68,32 @@ void load_lane(Warp& warp, const Step& step, int lane, ptx::Space space, uint64_
       std::memset(value, 0, static_cast<size_t>(bytes));
       std::memset(undefined, 0, static_cast<size_t>(bytes));
       if (!local_in_bounds(warp, step, lane, address, bytes)) return;
-      std::memcpy(value, warp.block().local(warp.thread(lane)) + address, static_cast<size_t>(bytes));
-      std::memcpy(undefined, warp.block().local_undefined(warp.thread(lane)) + address, static_cast<size_t>(bytes));
+      std::memcpy(value, warp.block().local(warp.thread(lane)) + address,
+                  static_cast<size_t>(bytes));
+      std::memcpy(undefined, warp.block().local_undefined(warp.thread(lane)) + address,
+                  static_cast<size_t>(bytes));
       return;
     default:
       load_global(warp, step, lane, address, bytes, t.memory.ordering, value, undefined);
   }
 }
 
-void store_lane(Warp& warp, const Step& step, int lane, ptx::Space space, uint64_t address, const Transfer& t,
-                const uint8_t* value, const uint8_t* undefined) {
+void store_lane(Warp& warp, const Step& step, int lane, ptx::Space space, uint64_t address,
+                const Transfer& t, const uint8_t* value, const uint8_t* undefined) {
   const int bytes = t.bytes();
   switch (space) {
     case ptx::Space::Shared:
-      warp.block().shared().store(warp, step, lane, static_cast<uint32_t>(address), bytes, value, undefined);
+      warp.block().shared().store(warp, step, lane, static_cast<uint32_t>(address), bytes, value,
+                                  undefined);
       return;
     case ptx::Space::Parameter:
       return;  // an argument of a call, and the only calls that are modelled end the run
     case ptx::Space::Local:
       if (!local_in_bounds(warp, step, lane, address, bytes)) return;
-      std::memcpy(warp.block().local(warp.thread(lane)) + address, value, static_cast<size_t>(bytes));
-      std::memcpy(warp.block().local_undefined(warp.thread(lane)) + address, undefined, static_cast<size_t>(bytes));
+      std::memcpy(warp.block().local(warp.thread(lane)) + address, value,
+                  static_cast<size_t>(bytes));
+      std::memcpy(warp.block().local_undefined(warp.thread(lane)) + address, undefined,
+                  static_cast<size_t>(bytes));
       return;
     default:
       store_global(warp, step, lane, address, bytes, t.memory.ordering, value, undefined);
@@ -133,7 +140,8 @@ void run_st(Warp& warp, const Step& step, LaneMask active) {
       const auto unknown = warp.undefined_of<uint64_t>(s, l);
       std::memcpy(value + e * size, &bits, static_cast<size_t>(size));
       // Memory knows bytes, registers know bits: a byte with an undefined bit is undefined.
-      for (int i = 0; i < size; ++i) undefined[e * size + i] = (unknown >> (8 * i) & 0xff) != 0 ? 0xff : 0;
+      for (int i = 0; i < size; ++i)
+        undefined[e * size + i] = (unknown >> (8 * i) & 0xff) != 0 ? 0xff : 0;
     }
     store_lane(warp, step, l, request.space(l), request.address(l), t, value, undefined);
   });
@@ -153,7 +161,8 @@ void bind_transfer(Binder& b, bool load) {
   const ptx::Operand& operand = b.operand(registers);
   const auto place = [&](const ptx::Operand& o) {
     const Slot slot = load ? b.destination(o, t->type, true) : b.source(o, t->type, true);
-    if (slot.valid && slot.width < t->type.bytes()) b.unsupported("a register narrower than the type");
+    if (slot.valid && slot.width < t->type.bytes())
+      b.unsupported("a register narrower than the type");
     b.step.slots.push_back(slot);
   };
   if (t->elements == 1) {
@@ -161,22 +170,30 @@ void bind_transfer(Binder& b, bool load) {
     const bool braces = operand.kind == ptx::Operand::Kind::Vector && operand.elements.size() == 1;
     place(braces ? operand.elements[0] : operand);
   } else {
-    if (operand.kind != ptx::Operand::Kind::Vector || static_cast<int>(operand.elements.size()) != t->elements) {
+    if (operand.kind != ptx::Operand::Kind::Vector ||
+        static_cast<int>(operand.elements.size()) != t->elements) {
       b.unsupported("a vector of another length");
     }
     for (const ptx::Operand& element : operand.elements) place(element);
   }
-  if (!load && (t->memory.space == ptx::Space::Constant)) b.unsupported("a store to constant memory");
+  if (!load && (t->memory.space == ptx::Space::Constant))
+    b.unsupported("a store to constant memory");
   b.step.detail = t;
   b.step.run = load ? run_ld : run_st;
 }
 
-void bind_ld(Binder& b) { bind_transfer(b, true); }
-void bind_st(Binder& b) { bind_transfer(b, false); }
+void bind_ld(Binder& b) {
+  bind_transfer(b, true);
+}
+void bind_st(Binder& b) {
+  bind_transfer(b, false);
+}
 
 // Hints, which change no value.
 void run_nothing(Warp&, const Step&, LaneMask) {}
-void bind_hint(Binder& b) { b.step.run = run_nothing; }
+void bind_hint(Binder& b) {
+  b.step.run = run_nothing;
+}
 
 }  // namespace
 

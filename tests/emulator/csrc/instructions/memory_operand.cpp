@@ -9,8 +9,19 @@
 namespace emulator {
 
 void MemoryOperand::take_modifiers(Binder& b) {
-  static const std::set<std::string> kHints = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "unified",
-                                               "noinc", "mmio", "L2::cache_hint"};
+  static const std::set<std::string> kHints = {"ca",
+                                               "cg",
+                                               "cs",
+                                               "lu",
+                                               "cv",
+                                               "wb",
+                                               "wt",
+                                               "nc",
+                                               "weak",
+                                               "unified",
+                                               "noinc",
+                                               "mmio",
+                                               "L2::cache_hint"};
   while (true) {
     const std::string modifier = b.next();
     if (modifier == "global" || modifier == "const") {
@@ -33,16 +44,20 @@ void MemoryOperand::take_modifiers(Binder& b) {
       ordering.block_scope = true;
     } else if (modifier == "gpu" || modifier == "sys" || modifier == "cluster") {
       ordering.block_scope = false;
-    } else if (kHints.count(modifier) == 0 && modifier.rfind("L1::", 0) != 0 && modifier.rfind("L2::", 0) != 0) {
+    } else if (kHints.count(modifier) == 0 && modifier.rfind("L1::", 0) != 0 &&
+               modifier.rfind("L2::", 0) != 0) {
       return;
     }
     b.take(modifier);
   }
 }
 
-Slot MemoryOperand::take_address(Binder& b, int operand) { return b.address(operand, &offset); }
+Slot MemoryOperand::take_address(Binder& b, int operand) {
+  return b.address(operand, &offset);
+}
 
-Request::Request(Warp& warp, const Step& step, LaneMask active, const MemoryOperand& operand, int bytes) {
+Request::Request(Warp& warp, const Step& step, LaneMask active, const MemoryOperand& operand,
+                 int bytes) {
   const Slot& base = step.slots[0];
   warp.require_defined(step, base, active, "is used as an address");
   LaneMask global = 0, shared = 0;

@@ -14,7 +14,8 @@ struct MemoryOperand {
   Ordering ordering;
   int64_t offset = 0;
 
-  // .weak .volatile .relaxed .acquire .release .acq_rel, the scope, the space and the cache hints, in any order.
+  // .weak .volatile .relaxed .acquire .release .acq_rel, the scope, the space and the cache hints,
+  // in any order.
   void take_modifiers(Binder& binder);
   Slot take_address(Binder& binder, int operand);
 };

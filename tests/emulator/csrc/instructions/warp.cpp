@@ -1,5 +1,6 @@
-// What the lanes of a warp tell one another: shfl, vote, match, redux, elect, activemask, and bar.warp.sync.
-// Each names the lanes that take part; they are gathered here, wherever they come from.
+// What the lanes of a warp tell one another: shfl, vote, match, redux, elect, activemask, and
+// bar.warp.sync. Each names the lanes that take part; they are gathered here, wherever they come
+// from.
 #include <algorithm>
 
 #include "core/binder.h"
@@ -37,7 +38,8 @@ bool together(Warp& warp, const Step& step, const Slot& members) {
   return warp.gather(step, members_of(warp, step, members));
 }
 
-// ---- shfl.sync.mode.b32 d|p, a, b, c, mask -------------------------------------------------------------
+// ---- shfl.sync.mode.b32 d|p, a, b, c, mask
+// -------------------------------------------------------------
 
 enum class Shuffle { Up, Down, Butterfly, Index };
 
@@ -46,7 +48,8 @@ template <Shuffle mode>
 void run_shfl(Warp& warp, const Step& step, LaneMask) {
   if (!together(warp, step, step.slots[5])) return;
   const LaneMask active = warp.group().lanes;
-  const Slot &d = step.slots[0], &p = step.slots[1], &a = step.slots[2], &b = step.slots[3], &c = step.slots[4];
+  const Slot &d = step.slots[0], &p = step.slots[1], &a = step.slots[2], &b = step.slots[3],
+             &c = step.slots[4];
   warp.require_defined(step, b, active, "chooses a lane");
   warp.require_defined(step, c, active, "clamps a lane");
   uint32_t result[kLanes] = {}, unknown[kLanes] = {};
@@ -104,11 +107,13 @@ void bind_shfl(Binder& b) {
                                 : nullptr;
   if (b.step.run == nullptr) b.unsupported("the mode `" + mode + "`");
   const ptx::Operand& d = b.operand(0);
-  b.step.slots = {b.destination(d, kB32), d.second.empty() ? Slot{} : b.destination(d.second[0], kPredicate)};
+  b.step.slots = {b.destination(d, kB32),
+                  d.second.empty() ? Slot{} : b.destination(d.second[0], kPredicate)};
   for (int i = 1; i <= 4; ++i) b.step.slots.push_back(b.source(i, kB32));
 }
 
-// ---- vote.sync.mode d, {!}a, mask ----------------------------------------------------------------------
+// ---- vote.sync.mode d, {!}a, mask
+// ----------------------------------------------------------------------
 
 enum class Vote { All, Any, Uniform, Ballot };
 
@@ -125,15 +130,18 @@ void run_vote(Warp& warp, const Step& step, LaneMask) {
     uint32_t result[kLanes];
     std::fill_n(result, kLanes, holds);
     warp.store(step.slots[0], result, active);
-    if (unknown != 0) for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, unknown); });
+    if (unknown != 0)
+      for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, unknown); });
   } else {
     const bool result = mode == Vote::All   ? holds == active
                         : mode == Vote::Any ? holds != 0
                                             : holds == 0 || holds == active;
     // One lane that surely decides leaves nothing undefined.
     const LaneMask sure = active & ~unknown;
-    const bool decided = (mode == Vote::All && (sure & ~holds) != 0) || (mode == Vote::Any && (sure & holds) != 0);
-    warp.store_predicate(step.slots[0], result ? kAllLanes : 0, active, unknown != 0 && !decided ? kAllLanes : 0);
+    const bool decided =
+        (mode == Vote::All && (sure & ~holds) != 0) || (mode == Vote::Any && (sure & holds) != 0);
+    warp.store_predicate(step.slots[0], result ? kAllLanes : 0, active,
+                         unknown != 0 && !decided ? kAllLanes : 0);
   }
   warp.advance();
 }
@@ -153,11 +161,13 @@ void bind_vote(Binder& b) {
                                : nullptr;
   if (b.step.run == nullptr) b.unsupported("the mode `" + mode + "`");
   bool negated = false;
-  b.step.slots = {b.destination(0, ballot ? kB32 : kPredicate), b.predicate(b.operand(1), &negated), b.source(2, kB32)};
+  b.step.slots = {b.destination(0, ballot ? kB32 : kPredicate), b.predicate(b.operand(1), &negated),
+                  b.source(2, kB32)};
   b.step.immediate[0] = negated;
 }
 
-// ---- match.{any,all}.sync ------------------------------------------------------------------------------
+// ---- match.{any,all}.sync
+// ------------------------------------------------------------------------------
 
 // slots: d, p, a, mask.
 template <bool all>
@@ -177,7 +187,8 @@ void run_match(Warp& warp, const Step& step, LaneMask) {
   if (all) std::fill_n(result, kLanes, same ? active : 0);
   warp.store(step.slots[0], result, active);
   warp.store_predicate(step.slots[1], same ? kAllLanes : 0, active, unknown ? kAllLanes : 0);
-  if (unknown) for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, ~uint32_t{0}); });
+  if (unknown)
+    for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, ~uint32_t{0}); });
   warp.advance();
 }
 
@@ -190,11 +201,13 @@ void bind_match(Binder& b) {
   b.step.flow = Flow::Blocking;
   b.step.run = all ? run_match<true> : run_match<false>;
   const ptx::Operand& d = b.operand(0);
-  b.step.slots = {b.destination(d, kB32), d.second.empty() ? Slot{} : b.destination(d.second[0], kPredicate),
+  b.step.slots = {b.destination(d, kB32),
+                  d.second.empty() ? Slot{} : b.destination(d.second[0], kPredicate),
                   b.source(1, type), b.source(2, kB32)};
 }
 
-// ---- redux.sync ----------------------------------------------------------------------------------------
+// ---- redux.sync
+// ----------------------------------------------------------------------------------------
 
 template <class T, class Op>
 void run_redux(Warp& warp, const Step& step, LaneMask) {
@@ -207,13 +220,16 @@ void run_redux(Warp& warp, const Step& step, LaneMask) {
   T result[kLanes];
   std::fill_n(result, kLanes, total);
   warp.store(step.slots[0], result, active);
-  if (unknown) for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, ~uint32_t{0}); });
+  if (unknown)
+    for_each_lane(active, [&](int l) { warp.set_undefined(step.slots[0], l, ~uint32_t{0}); });
   warp.advance();
 }
 
 template <class T>
 struct Add {
-  static T apply(T a, T b) { return static_cast<T>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+  static T apply(T a, T b) {
+    return static_cast<T>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  }
 };
 template <class T>
 struct Min {
@@ -243,8 +259,10 @@ void bind_redux(Binder& b) {
   Handler run = nullptr;
   if (type.bits != 32 || type.is_float()) b.unsupported("a type");
   if (op == "add") run = run_redux<uint32_t, Add<uint32_t>>;
-  if (op == "min") run = is_signed ? run_redux<int32_t, Min<int32_t>> : run_redux<uint32_t, Min<uint32_t>>;
-  if (op == "max") run = is_signed ? run_redux<int32_t, Max<int32_t>> : run_redux<uint32_t, Max<uint32_t>>;
+  if (op == "min")
+    run = is_signed ? run_redux<int32_t, Min<int32_t>> : run_redux<uint32_t, Min<uint32_t>>;
+  if (op == "max")
+    run = is_signed ? run_redux<int32_t, Max<int32_t>> : run_redux<uint32_t, Max<uint32_t>>;
   if (op == "and") run = run_redux<uint32_t, And>;
   if (op == "or") run = run_redux<uint32_t, Or>;
   if (op == "xor") run = run_redux<uint32_t, Xor>;
@@ -254,7 +272,8 @@ void bind_redux(Binder& b) {
   b.step.slots = {b.destination(0, type), b.source(1, type), b.source(2, kB32)};
 }
 
-// ---- elect.sync d|p, mask ------------------------------------------------------------------------------
+// ---- elect.sync d|p, mask
+// ------------------------------------------------------------------------------
 
 void run_elect(Warp& warp, const Step& step, LaneMask) {
   if (!together(warp, step, step.slots[2])) return;
@@ -274,10 +293,12 @@ void bind_elect(Binder& b) {
   b.step.run = run_elect;
   const ptx::Operand& d = b.operand(0);
   if (d.second.empty()) b.unsupported("elect without a predicate");
-  b.step.slots = {b.destination(d, kB32), b.destination(d.second[0], kPredicate), b.source(1, kB32)};
+  b.step.slots = {b.destination(d, kB32), b.destination(d.second[0], kPredicate),
+                  b.source(1, kB32)};
 }
 
-// ---- activemask ----------------------------------------------------------------------------------------
+// ---- activemask
+// ----------------------------------------------------------------------------------------
 
 void run_activemask(Warp& warp, const Step& step, LaneMask active) {
   uint32_t result[kLanes];

@@ -21,8 +21,8 @@ struct Page {
   std::array<uint8_t, kPageBytes> data{};
   std::array<uint8_t, kPageBytes> flags{};
 
-  // Who touched a pair of bytes in the current launch (races/global_races.h), and which bytes were read
-  // and written in it; made at the first access by a kernel.
+  // Who touched a pair of bytes in the current launch (races/global_races.h), and which bytes were
+  // read and written in it; made at the first access by a kernel.
   struct Trace {
     int launch = -1;
     std::array<uint64_t, kPageBytes / 2> writer;
@@ -70,8 +70,8 @@ class Allocation {
   std::unique_ptr<Page> make_page(uint64_t index) const;
   void apply_view(uint64_t index, Page* page) const;
 
-  // Of a view that starts in the middle of its storage: pages start where the storage is aligned, so that no aligned
-  // access straddles two of them.
+  // Of a view that starts in the middle of its storage: pages start where the storage is aligned,
+  // so that no aligned access straddles two of them.
   uint64_t skew_;
   std::vector<std::unique_ptr<Page>> pages_;
   bool restricted_ = false;

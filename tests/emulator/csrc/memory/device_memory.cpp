@@ -20,9 +20,10 @@ std::string hex(uint64_t value) {
   return text;
 }
 
-// Marks as accessible the bytes of `view` (dimensions from `dim` on, starting at `start`) that lie within
-// [first, last); whole rows that lie outside are skipped.
-void mark_view(const View& view, size_t dim, int64_t start, int64_t first, int64_t last, uint8_t* flags) {
+// Marks as accessible the bytes of `view` (dimensions from `dim` on, starting at `start`) that lie
+// within [first, last); whole rows that lie outside are skipped.
+void mark_view(const View& view, size_t dim, int64_t start, int64_t first, int64_t last,
+               uint8_t* flags) {
   int64_t low = start, high = start + view.element_bytes;
   for (size_t i = dim; i < view.shape.size(); ++i) {
     if (view.shape[i] == 0) return;
@@ -105,30 +106,36 @@ DeviceMemory::DeviceMemory() : next_(kGlobalBase) {}
 DeviceMemory::~DeviceMemory() = default;
 
 uint64_t DeviceMemory::allocate(uint64_t bytes, const std::string& name, uint64_t skew) {
-  if (bytes > uint64_t{1} << 44) throw ArgumentError("allocate: " + std::to_string(bytes) + " bytes is too much");
+  if (bytes > uint64_t{1} << 44)
+    throw ArgumentError("allocate: " + std::to_string(bytes) + " bytes is too much");
   const uint64_t address = next_ + skew;
-  next_ = (address + bytes + kGuardBytes + kAllocationAlignment - 1) / kAllocationAlignment * kAllocationAlignment;
+  next_ = (address + bytes + kGuardBytes + kAllocationAlignment - 1) / kAllocationAlignment *
+          kAllocationAlignment;
   allocations_[address] = std::make_unique<Allocation>(address, bytes, name);
   return address;
 }
 
 void DeviceMemory::free(uint64_t address) {
   const auto found = allocations_.find(address);
-  if (found == allocations_.end()) throw ArgumentError("free: no allocation starts at " + hex(address));
+  if (found == allocations_.end())
+    throw ArgumentError("free: no allocation starts at " + hex(address));
   if (last_ == found->second.get()) last_ = nullptr;
   allocations_.erase(found);
 }
 
 void DeviceMemory::rename(uint64_t address, const std::string& name) {
   const auto found = allocations_.find(address);
-  if (found == allocations_.end()) throw ArgumentError("rename: no allocation starts at " + hex(address));
+  if (found == allocations_.end())
+    throw ArgumentError("rename: no allocation starts at " + hex(address));
   found->second->name = name;
 }
 
 void DeviceMemory::restrict(uint64_t address, const View& view) {
   const auto found = allocations_.find(address);
-  if (found == allocations_.end()) throw ArgumentError("restrict: no allocation starts at " + hex(address));
-  if (view.shape.size() != view.strides.size()) throw ArgumentError("restrict: shape and strides differ in length");
+  if (found == allocations_.end())
+    throw ArgumentError("restrict: no allocation starts at " + hex(address));
+  if (view.shape.size() != view.strides.size())
+    throw ArgumentError("restrict: shape and strides differ in length");
   int64_t low = view.offset, high = view.offset + view.element_bytes;
   bool empty = false;
   for (size_t i = 0; i < view.shape.size(); ++i) {
@@ -138,8 +145,9 @@ void DeviceMemory::restrict(uint64_t address, const View& view) {
     (reach < 0 ? low : high) += reach;
   }
   if (!empty && (low < 0 || static_cast<uint64_t>(high) > found->second->bytes)) {
-    throw ArgumentError("restrict: the view covers bytes " + std::to_string(low) + " to " + std::to_string(high) +
-                        " of an allocation of " + std::to_string(found->second->bytes));
+    throw ArgumentError("restrict: the view covers bytes " + std::to_string(low) + " to " +
+                        std::to_string(high) + " of an allocation of " +
+                        std::to_string(found->second->bytes));
   }
   found->second->restrict(view);
 }
@@ -159,7 +167,8 @@ Allocation* DeviceMemory::nearest(uint64_t address) const {
   Allocation* right = after == allocations_.end() ? nullptr : after->second.get();
   Allocation* left = after == allocations_.begin() ? nullptr : std::prev(after)->second.get();
   if (left == nullptr || right == nullptr) return left == nullptr ? right : left;
-  const uint64_t past = address - left->address < left->bytes ? 0 : address - left->address - left->bytes;
+  const uint64_t past =
+      address - left->address < left->bytes ? 0 : address - left->address - left->bytes;
   return past <= right->address - address ? left : right;
 }
 
@@ -192,10 +201,11 @@ bool DeviceMemory::contains(uint64_t address, uint64_t bytes) const {
   return allocation != nullptr && allocation->inside(address, bytes);
 }
 
-static Allocation& holder(const DeviceMemory& memory, uint64_t address, uint64_t bytes, const char* what) {
+static Allocation& holder(const DeviceMemory& memory, uint64_t address, uint64_t bytes,
+                          const char* what) {
   if (!memory.contains(address, bytes)) {
-    throw ArgumentError(std::string(what) + ": " + std::to_string(bytes) + " bytes at " + hex(address) +
-                        " are not inside one allocation");
+    throw ArgumentError(std::string(what) + ": " + std::to_string(bytes) + " bytes at " +
+                        hex(address) + " are not inside one allocation");
   }
   return *memory.find(address);
 }
@@ -204,8 +214,10 @@ void DeviceMemory::write(uint64_t address, const void* source, uint64_t bytes) {
   if (bytes == 0) return;
   for_each_piece(holder(*this, address, bytes, "write"), address, bytes,
                  [&](Page& page, uint64_t at, uint64_t n, uint64_t done) {
-                   std::memcpy(page.data.data() + at, static_cast<const uint8_t*>(source) + done, n);
-                   for (uint64_t i = at; i < at + n; ++i) page.flags[i] &= static_cast<uint8_t>(~Page::kUndefined);
+                   std::memcpy(page.data.data() + at, static_cast<const uint8_t*>(source) + done,
+                               n);
+                   for (uint64_t i = at; i < at + n; ++i)
+                     page.flags[i] &= static_cast<uint8_t>(~Page::kUndefined);
                  });
 }
 
@@ -222,7 +234,8 @@ void DeviceMemory::fill(uint64_t address, uint8_t value, uint64_t bytes) {
   for_each_piece(holder(*this, address, bytes, "fill"), address, bytes,
                  [&](Page& page, uint64_t at, uint64_t n, uint64_t) {
                    std::memset(page.data.data() + at, value, n);
-                   for (uint64_t i = at; i < at + n; ++i) page.flags[i] &= static_cast<uint8_t>(~Page::kUndefined);
+                   for (uint64_t i = at; i < at + n; ++i)
+                     page.flags[i] &= static_cast<uint8_t>(~Page::kUndefined);
                  });
 }
 
@@ -234,11 +247,12 @@ void DeviceMemory::copy(uint64_t destination, uint64_t source, uint64_t bytes) {
   read(source, data.data(), bytes);
   read_undefined(source, undefined.data(), bytes);
   write(destination, data.data(), bytes);
-  for_each_piece(*find(destination), destination, bytes, [&](Page& page, uint64_t at, uint64_t n, uint64_t done) {
-    for (uint64_t i = 0; i < n; ++i) {
-      if (undefined[done + i] != 0) page.flags[at + i] |= Page::kUndefined;
-    }
-  });
+  for_each_piece(*find(destination), destination, bytes,
+                 [&](Page& page, uint64_t at, uint64_t n, uint64_t done) {
+                   for (uint64_t i = 0; i < n; ++i) {
+                     if (undefined[done + i] != 0) page.flags[at + i] |= Page::kUndefined;
+                   }
+                 });
 }
 
 void DeviceMemory::set_undefined(uint64_t address, uint64_t bytes) {
@@ -254,7 +268,8 @@ void DeviceMemory::read_undefined(uint64_t address, uint8_t* destination, uint64
   for_each_piece(holder(*this, address, bytes, "read_undefined"), address, bytes,
                  [&](Page& page, uint64_t at, uint64_t n, uint64_t done) {
                    for (uint64_t i = 0; i < n; ++i) {
-                     destination[done + i] = (page.flags[at + i] & Page::kUndefined) != 0 ? 0xff : 0;
+                     destination[done + i] =
+                         (page.flags[at + i] & Page::kUndefined) != 0 ? 0xff : 0;
                    }
                  });
 }

@@ -29,34 +29,40 @@ uint8_t flags_of(const Page& page, uint64_t within, int bytes) {
   return flags;
 }
 
-void report_outside(Warp& warp, const Step& step, int lane, uint64_t address, const std::string& what) {
+void report_outside(Warp& warp, const Step& step, int lane, uint64_t address,
+                    const std::string& what) {
   const Allocation* nearest = warp.block().launch().machine.memory.nearest(address);
   if (nearest == nullptr) {
-    warp.report(Check::OutOfBounds, step, lane, what + " at " + hex(address) + ": no buffer is there");
+    warp.report(Check::OutOfBounds, step, lane,
+                what + " at " + hex(address) + ": no buffer is there");
     return;
   }
   const auto offset = static_cast<int64_t>(address - nearest->address);
   warp.report(Check::OutOfBounds, step, lane,
               what + " at byte " + std::to_string(offset) + " of `" + nearest->name + "` (" +
                   std::to_string(nearest->bytes) + " bytes" +
-                  (offset >= 0 && static_cast<uint64_t>(offset) < nearest->bytes ? "; outside the view that was passed)"
-                                                                                  : ")"),
+                  (offset >= 0 && static_cast<uint64_t>(offset) < nearest->bytes
+                       ? "; outside the view that was passed)"
+                       : ")"),
               nearest->name, offset);
 }
 
-bool locate(Warp& warp, const Step& step, int lane, uint64_t address, int bytes, const char* verb, Place* place) {
+bool locate(Warp& warp, const Step& step, int lane, uint64_t address, int bytes, const char* verb,
+            Place* place) {
   DeviceMemory& memory = warp.block().launch().machine.memory;
   const auto what = [&] { return std::string(verb) + " " + std::to_string(bytes) + " bytes"; };
   if (address % static_cast<uint64_t>(bytes) != 0) {
     const Allocation* nearest = memory.nearest(address);
-    warp.report(Check::Misaligned, step, lane,
-                what() + " at " + hex(address) + ", which is not a multiple of " + std::to_string(bytes),
-                nearest == nullptr ? "" : nearest->name,
-                nearest == nullptr ? 0 : static_cast<int64_t>(address - nearest->address));
+    warp.report(
+        Check::Misaligned, step, lane,
+        what() + " at " + hex(address) + ", which is not a multiple of " + std::to_string(bytes),
+        nearest == nullptr ? "" : nearest->name,
+        nearest == nullptr ? 0 : static_cast<int64_t>(address - nearest->address));
     return false;
   }
   place->allocation = memory.find(address);
-  if (place->allocation == nullptr || !place->allocation->inside(address, static_cast<uint64_t>(bytes))) {
+  if (place->allocation == nullptr ||
+      !place->allocation->inside(address, static_cast<uint64_t>(bytes))) {
     report_outside(warp, step, lane, address, what());
     return false;
   }
@@ -71,7 +77,8 @@ bool locate(Warp& warp, const Step& step, int lane, uint64_t address, int bytes,
   return true;
 }
 
-void trace(Warp& warp, const Step& step, int lane, const Place& place, int bytes, bool write, bool strong) {
+void trace(Warp& warp, const Step& step, int lane, const Place& place, int bytes, bool write,
+           bool strong, bool same_value) {
   Launch& launch = warp.block().launch();
   Page::Trace& trace = place.page->trace_of(launch.id);
   place.allocation->count(launch.id, static_cast<uint64_t>(bytes), write);
@@ -83,20 +90,23 @@ void trace(Warp& warp, const Step& step, int lane, const Place& place, int bytes
   }
   if (!launch.machine.settings.check_races) return;
   GlobalRaces::Other other{};
-  if (launch.races.access(trace, warp, lane, place.within, bytes, write, strong, &other)) return;
+  if (launch.races.access(trace, warp, lane, place.within, bytes, write, strong, same_value,
+                          &other))
+    return;
   const bool same_block = other.block == warp.block().index();
   warp.report(Check::Race, step, lane,
               std::string(write ? "writes `" : "reads `") + place.allocation->name + "`, which " +
                   (same_block ? "thread " + std::to_string(other.agent) + " of the same block"
-                              : "block " + std::to_string(other.block) + " thread " + std::to_string(other.agent)) +
+                              : "block " + std::to_string(other.block) + " thread " +
+                                    std::to_string(other.agent)) +
                   (other.write ? " wrote" : " read") + ": nothing orders them",
               place.allocation->name, static_cast<int64_t>(place.offset));
 }
 
 }  // namespace
 
-bool load_global(Warp& warp, const Step& step, int lane, uint64_t address, int bytes, const Ordering& ordering,
-                 void* value, uint8_t* undefined) {
+bool load_global(Warp& warp, const Step& step, int lane, uint64_t address, int bytes,
+                 const Ordering& ordering, void* value, uint8_t* undefined) {
   Place place;
   if (!locate(warp, step, lane, address, bytes, "reads", &place)) {
     std::memset(value, 0, static_cast<size_t>(bytes));
@@ -104,29 +114,32 @@ bool load_global(Warp& warp, const Step& step, int lane, uint64_t address, int b
     return false;
   }
   if (ordering.strong) warp.block().launch().races.observe(address, warp, lane, ordering);
-  trace(warp, step, lane, place, bytes, false, ordering.strong);
+  trace(warp, step, lane, place, bytes, false, ordering.strong, false);
   std::memcpy(value, place.page->data.data() + place.within, static_cast<size_t>(bytes));
   for (int i = 0; i < bytes; ++i) {
-    undefined[i] = (place.page->flags[place.within + static_cast<uint64_t>(i)] & Page::kUndefined) != 0 ? 0xff : 0;
+    undefined[i] =
+        (place.page->flags[place.within + static_cast<uint64_t>(i)] & Page::kUndefined) != 0 ? 0xff
+                                                                                             : 0;
   }
   return true;
 }
 
-bool store_global(Warp& warp, const Step& step, int lane, uint64_t address, int bytes, const Ordering& ordering,
-                  const void* value, const uint8_t* undefined) {
+bool store_global(Warp& warp, const Step& step, int lane, uint64_t address, int bytes,
+                  const Ordering& ordering, const void* value, const uint8_t* undefined) {
   Place place;
   if (!locate(warp, step, lane, address, bytes, "writes", &place)) return false;
-  trace(warp, step, lane, place, bytes, true, ordering.strong);
-  if (ordering.strong) warp.block().launch().races.publish(address, warp, lane, ordering);
   uint8_t* data = place.page->data.data() + place.within;
-  if (std::memcmp(data, value, static_cast<size_t>(bytes)) != 0) warp.block().changed();
+  const bool same = std::memcmp(data, value, static_cast<size_t>(bytes)) == 0;
+  trace(warp, step, lane, place, bytes, true, ordering.strong, same);
+  if (ordering.strong) warp.block().launch().races.publish(address, warp, lane, ordering);
+  if (!same) warp.block().changed();
   std::memcpy(data, value, static_cast<size_t>(bytes));
   for (int i = 0; i < bytes; ++i) {
     uint8_t& flag = place.page->flags[place.within + static_cast<uint64_t>(i)];
     if (undefined[i] != 0) {
       warp.report(Check::Uninitialised, step, lane,
-                  "stores an undefined value to `" + place.allocation->name + "`", place.allocation->name,
-                  static_cast<int64_t>(place.offset));
+                  "stores an undefined value to `" + place.allocation->name + "`",
+                  place.allocation->name, static_cast<int64_t>(place.offset));
       flag |= Page::kUndefined;
     } else {
       flag &= static_cast<uint8_t>(~Page::kUndefined);
@@ -137,7 +150,8 @@ bool store_global(Warp& warp, const Step& step, int lane, uint64_t address, int 
 
 bool is_accessible(Warp& warp, uint64_t address, int bytes) {
   Allocation* allocation = warp.block().launch().machine.memory.find(address);
-  if (allocation == nullptr || !allocation->inside(address, static_cast<uint64_t>(bytes))) return false;
+  if (allocation == nullptr || !allocation->inside(address, static_cast<uint64_t>(bytes)))
+    return false;
   const uint64_t offset = address - allocation->address;
   const Page& page = allocation->page(offset);
   const uint64_t within = allocation->within_page(offset);

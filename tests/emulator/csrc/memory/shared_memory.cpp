@@ -8,7 +8,10 @@
 namespace emulator {
 
 SharedMemory::SharedMemory(uint32_t bytes, std::vector<Variable> variables)
-    : races(kSharedBase, bytes), bytes_(bytes), undefined_(bytes, 0xff), variables_(std::move(variables)) {}
+    : races(kSharedBase, bytes),
+      bytes_(bytes),
+      undefined_(bytes, 0xff),
+      variables_(std::move(variables)) {}
 
 std::string SharedMemory::describe(uint32_t address) const {
   const Variable* best = nullptr;
@@ -19,10 +22,13 @@ std::string SharedMemory::describe(uint32_t address) const {
   return "shared memory `" + best->name + "` + " + std::to_string(address - best->address);
 }
 
-bool SharedMemory::refuse(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, const char* verb) {
-  const std::string what = std::string(verb) + " " + std::to_string(bytes) + " bytes at " + describe(address);
+bool SharedMemory::refuse(Warp& warp, const Step& step, int lane, uint32_t address, int bytes,
+                          const char* verb) {
+  const std::string what =
+      std::string(verb) + " " + std::to_string(bytes) + " bytes at " + describe(address);
   if (address % static_cast<uint32_t>(bytes) != 0) {
-    warp.report(Check::Misaligned, step, lane, what + ", which is not a multiple of " + std::to_string(bytes));
+    warp.report(Check::Misaligned, step, lane,
+                what + ", which is not a multiple of " + std::to_string(bytes));
   } else {
     warp.report(Check::OutOfBounds, step, lane,
                 what + ", outside the block's " + std::to_string(size()) + " bytes (from address " +
@@ -31,9 +37,10 @@ bool SharedMemory::refuse(Warp& warp, const Step& step, int lane, uint32_t addre
   return false;
 }
 
-bool SharedMemory::load(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, void* value,
-                        uint8_t* undefined, bool async_proxy) {
-  if (address % static_cast<uint32_t>(bytes) != 0 || !inside(address, static_cast<uint64_t>(bytes))) {
+bool SharedMemory::load(Warp& warp, const Step& step, int lane, uint32_t address, int bytes,
+                        void* value, uint8_t* undefined, bool async_proxy) {
+  if (address % static_cast<uint32_t>(bytes) != 0 ||
+      !inside(address, static_cast<uint64_t>(bytes))) {
     std::memset(value, 0, static_cast<size_t>(bytes));
     std::memset(undefined, 0, static_cast<size_t>(bytes));
     return refuse(warp, step, lane, address, bytes, "reads");
@@ -48,9 +55,10 @@ bool SharedMemory::load(Warp& warp, const Step& step, int lane, uint32_t address
   return true;
 }
 
-bool SharedMemory::store(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, const void* value,
-                         const uint8_t* undefined) {
-  if (address % static_cast<uint32_t>(bytes) != 0 || !inside(address, static_cast<uint64_t>(bytes))) {
+bool SharedMemory::store(Warp& warp, const Step& step, int lane, uint32_t address, int bytes,
+                         const void* value, const uint8_t* undefined) {
+  if (address % static_cast<uint32_t>(bytes) != 0 ||
+      !inside(address, static_cast<uint64_t>(bytes))) {
     return refuse(warp, step, lane, address, bytes, "writes");
   }
   const bool same = std::memcmp(data(address), value, static_cast<size_t>(bytes)) == 0;

@@ -45,7 +45,8 @@ class SharedMemory {
   SharedRaces races;
 
  private:
-  bool refuse(Warp& warp, const Step& step, int lane, uint32_t address, int bytes, const char* verb);
+  bool refuse(Warp& warp, const Step& step, int lane, uint32_t address, int bytes,
+              const char* verb);
 
   std::vector<uint8_t> bytes_;
   std::vector<uint8_t> undefined_;

@@ -17,10 +17,12 @@ Operand parse_number(const std::string& token, bool negative, int line) {
   try {
     size_t used = 0;
     std::string digits = token;
-    if (token.size() > 1 && token[0] == '0' && (token[1] == 'f' || token[1] == 'F' || token[1] == 'd' || token[1] == 'D')) {
+    if (token.size() > 1 && token[0] == '0' &&
+        (token[1] == 'f' || token[1] == 'F' || token[1] == 'd' || token[1] == 'D')) {
       const bool single = token[1] == 'f' || token[1] == 'F';
       const uint64_t bits = std::stoull(token.substr(2), &used, 16);
-      if (used + 2 != token.size() || token.size() != (single ? 10u : 18u)) throw std::invalid_argument(token);
+      if (used + 2 != token.size() || token.size() != (single ? 10u : 18u))
+        throw std::invalid_argument(token);
       double value;
       if (single) {
         const auto narrow = static_cast<uint32_t>(bits);
@@ -68,7 +70,8 @@ class Parser {
   // A `{ }` of a body: names declared in it hide those outside.
   struct Scope {
     int parent;
-    std::unordered_map<std::string, std::string> names;   // of registers and variables, to unique ones
+    std::unordered_map<std::string, std::string>
+        names;  // of registers and variables, to unique ones
     std::unordered_map<std::string, std::string> labels;
   };
 
@@ -121,7 +124,9 @@ Module Parser::parse() {
 void Parser::line_directive(const Statement& statement) {
   Tokens tokens(statement.text, statement.line);
   const std::string directive = tokens.take();
-  const auto number = [&] { return static_cast<int>(parse_number(tokens.take(), false, statement.line).value); };
+  const auto number = [&] {
+    return static_cast<int>(parse_number(tokens.take(), false, statement.line).value);
+  };
   if (directive == ".version") {
     module_.version = tokens.take();
   } else if (directive == ".target") {
@@ -157,8 +162,8 @@ Variable Parser::variable(Tokens& tokens, Space space) {
       while (!tokens.accept(")")) tokens.take();
     } else if (directive == ".v2" || directive == ".v4") {
       vector = directive[2] - '0';
-    } else if (directive == ".ptr" || directive == ".global" || directive == ".shared" || directive == ".const" ||
-               directive == ".local") {
+    } else if (directive == ".ptr" || directive == ".global" || directive == ".shared" ||
+               directive == ".const" || directive == ".local") {
       // of a pointer parameter: says where it points, which the address itself tells
     } else if (parse_type(directive.substr(1), &type)) {
       typed = true;
@@ -195,7 +200,8 @@ void Parser::initial_values(Tokens& tokens, const Type& type, Variable* variable
       std::memcpy(&bits, &narrow, sizeof bits);
       value.value = bits;
     }
-    for (size_t i = 0; i < element; ++i) variable->initial.push_back(static_cast<uint8_t>(value.value >> (8 * i)));
+    for (size_t i = 0; i < element; ++i)
+      variable->initial.push_back(static_cast<uint8_t>(value.value >> (8 * i)));
   };
   const std::function<void()> one = [&] {
     if (tokens.accept("{")) {
@@ -224,7 +230,8 @@ void Parser::module_statement(const Statement& statement) {
   bool is_extern = false;
   while (true) {
     const std::string directive = tokens.take();
-    if (directive == ".extern" || directive == ".visible" || directive == ".weak" || directive == ".common") {
+    if (directive == ".extern" || directive == ".visible" || directive == ".weak" ||
+        directive == ".common") {
       is_extern = is_extern || directive == ".extern";
       continue;
     }
@@ -276,7 +283,8 @@ void Parser::header(const Statement& statement) {
   const auto three = [&](std::array<int, 3>* into) {
     *into = {1, 1, 1};
     for (int i = 0; i < 3; ++i) {
-      (*into)[static_cast<size_t>(i)] = static_cast<int>(parse_number(tokens.take(), false, tokens.line()).value);
+      (*into)[static_cast<size_t>(i)] =
+          static_cast<int>(parse_number(tokens.take(), false, tokens.line()).value);
       if (!tokens.accept(",")) break;
     }
   };
@@ -289,9 +297,11 @@ void Parser::header(const Statement& statement) {
     } else if (directive == ".reqnctapercluster") {
       std::array<int, 3> cluster;
       three(&cluster);
-      if (cluster[0] * cluster[1] * cluster[2] != 1) throw Unsupported(statement.line, "clusters of more than one block");
+      if (cluster[0] * cluster[1] * cluster[2] != 1)
+        throw Unsupported(statement.line, "clusters of more than one block");
     } else if (!directive.empty() && directive[0] == '.') {
-      while (!tokens.done() && tokens.peek()[0] != '.') tokens.take();  // .minnctapersm 2, .noreturn ...
+      while (!tokens.done() && tokens.peek()[0] != '.')
+        tokens.take();  // .minnctapersm 2, .noreturn ...
     } else {
       throw ParseError(statement.line, "unknown in a kernel's header: `" + directive + "`");
     }
@@ -328,7 +338,8 @@ void Parser::body(Kernel* kernel) {
         }
         break;
       case Statement::Kind::Label: {
-        const std::string key = scope_ == 0 ? statement.text : statement.text + "@" + std::to_string(++unique_);
+        const std::string key =
+            scope_ == 0 ? statement.text : statement.text + "@" + std::to_string(++unique_);
         auto& labels = scopes_[static_cast<size_t>(scope_)].labels;
         if (!labels.emplace(statement.text, key).second) {
           throw ParseError(statement.line, "label `" + statement.text + "` is there already");
@@ -431,7 +442,8 @@ Operand Parser::address(Tokens& tokens) {
   while (tokens.peek() == "+" || tokens.peek() == "-") {
     bool negative = tokens.take() == "-";
     if (tokens.accept("-")) negative = !negative;
-    operand.offset += static_cast<int64_t>(parse_number(tokens.take(), negative, tokens.line()).value);
+    operand.offset +=
+        static_cast<int64_t>(parse_number(tokens.take(), negative, tokens.line()).value);
   }
   while (tokens.accept(",")) operand.elements.push_back(this->operand(tokens));
   tokens.expect("]");
@@ -495,14 +507,16 @@ void Parser::instruction(const Statement& statement, Kernel* kernel) {
     bool is_register = false;
     const std::string name = tokens.take();
     result.guard = resolve(name, &is_register);
-    if (!is_register) throw ParseError(statement.line, "the guard `" + name + "` is not a register");
+    if (!is_register)
+      throw ParseError(statement.line, "the guard `" + name + "` is not a register");
   }
   const std::string opcode = tokens.take();
   size_t dot = opcode.find('.');
   result.root = opcode.substr(0, dot);
   while (dot != std::string::npos) {
     const size_t end = opcode.find('.', dot + 1);
-    result.modifiers.push_back(opcode.substr(dot + 1, end == std::string::npos ? end : end - dot - 1));
+    result.modifiers.push_back(
+        opcode.substr(dot + 1, end == std::string::npos ? end : end - dot - 1));
     dot = end;
   }
   while (!tokens.done()) {
@@ -532,6 +546,8 @@ void Parser::resolve_labels(Kernel* kernel) {
 
 }  // namespace
 
-Module parse(const std::string& text) { return Parser(text).parse(); }
+Module parse(const std::string& text) {
+  return Parser(text).parse();
+}
 
 }  // namespace emulator::ptx

@@ -1,4 +1,5 @@
-// A PTX module as the parser leaves it: names resolved to nothing yet, every instruction with its line.
+// A PTX module as the parser leaves it: names resolved to nothing yet, every instruction with its
+// line.
 #pragma once
 
 #include <array>
@@ -11,7 +12,8 @@ namespace emulator::ptx {
 
 enum class Space { Register, Parameter, Constant, Global, Shared, Local, Generic };
 
-// A fundamental type (PTX ISA 5.2): its letter class and its width. Packed types hold two or more elements.
+// A fundamental type (PTX ISA 5.2): its letter class and its width. Packed types hold two or more
+// elements.
 struct Type {
   enum class Class { Bits, Unsigned, Signed, Float, BFloat, TFloat, Predicate, Other };
   Class cls = Class::Bits;
@@ -20,8 +22,12 @@ struct Type {
 
   int bytes() const { return bits * count / 8; }
   bool is_signed() const { return cls == Class::Signed; }
-  bool is_float() const { return cls == Class::Float || cls == Class::BFloat || cls == Class::TFloat; }
-  bool operator==(const Type& o) const { return cls == o.cls && bits == o.bits && count == o.count; }
+  bool is_float() const {
+    return cls == Class::Float || cls == Class::BFloat || cls == Class::TFloat;
+  }
+  bool operator==(const Type& o) const {
+    return cls == o.cls && bits == o.bits && count == o.count;
+  }
   bool operator!=(const Type& o) const { return !(*this == o); }
 };
 
@@ -40,11 +46,12 @@ struct Operand {
   };
   Kind kind = Kind::Sink;
   std::string name;
-  bool negated = false;          // !%p
-  uint64_t value = 0;            // Immediate: two's complement, or the literal's bits
-  bool is_float = false;         // Immediate: `value` holds the bits of a double
-  int64_t offset = 0;            // Address, Symbol
-  std::vector<Operand> elements;  // Vector; for Address of a tensor copy: the coordinates that follow
+  bool negated = false;   // !%p
+  uint64_t value = 0;     // Immediate: two's complement, or the literal's bits
+  bool is_float = false;  // Immediate: `value` holds the bits of a double
+  int64_t offset = 0;     // Address, Symbol
+  std::vector<Operand>
+      elements;  // Vector; for Address of a tensor copy: the coordinates that follow
   // d|p: the second destination of shfl, setp and others.
   std::vector<Operand> second;
 };
@@ -91,10 +98,10 @@ struct Kernel {
   std::vector<Register> registers;
   std::vector<Variable> variables;  // .shared and .local of the body
   std::vector<Instruction> instructions;
-  std::map<std::string, int> labels;  // to an index in `instructions`
+  std::map<std::string, int> labels;                               // to an index in `instructions`
   std::map<std::string, std::vector<std::string>> branch_targets;  // of brx.idx
-  std::array<int, 3> max_threads{0, 0, 0};       // .maxntid; zeros: not given
-  std::array<int, 3> required_threads{0, 0, 0};  // .reqntid
+  std::array<int, 3> max_threads{0, 0, 0};                         // .maxntid; zeros: not given
+  std::array<int, 3> required_threads{0, 0, 0};                    // .reqntid
   int line = 0;
 };
 

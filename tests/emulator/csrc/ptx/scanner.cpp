@@ -13,7 +13,9 @@ bool is_identifier_character(char c) {
   return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '$' || c == '%';
 }
 
-std::string shorten(const std::string& text) { return text.size() <= 80 ? text : text.substr(0, 77) + "..."; }
+std::string shorten(const std::string& text) {
+  return text.size() <= 80 ? text : text.substr(0, 77) + "...";
+}
 
 }  // namespace
 
@@ -39,7 +41,8 @@ void Scanner::skip_blank() {
 
 bool Scanner::starts_with(const char* word) const {
   const size_t n = std::strlen(word);
-  return text_.compare(at_, n, word) == 0 && (at_ + n == text_.size() || !is_identifier_character(text_[at_ + n]));
+  return text_.compare(at_, n, word) == 0 &&
+         (at_ + n == text_.size() || !is_identifier_character(text_[at_ + n]));
 }
 
 // Debug sections hold no code: `.section .debug_str { ... }`.
@@ -88,7 +91,8 @@ Statement Scanner::next() {
   if (end > at_) {
     size_t colon = end;
     while (colon < text_.size() && (text_[colon] == ' ' || text_[colon] == '\t')) ++colon;
-    if (colon < text_.size() && text_[colon] == ':' && (colon + 1 == text_.size() || text_[colon + 1] != ':')) {
+    if (colon < text_.size() && text_[colon] == ':' &&
+        (colon + 1 == text_.size() || text_[colon + 1] != ':')) {
       statement.kind = Statement::Kind::Label;
       statement.text = text_.substr(at_, end - at_);
       at_ = colon + 1;
@@ -100,7 +104,8 @@ Statement Scanner::next() {
   int depth = 0;
   while (true) {
     if (at_ >= text_.size()) {
-      throw ParseError(statement.line, "a statement does not end: `" + shorten(statement.text) + "`");
+      throw ParseError(statement.line,
+                       "a statement does not end: `" + shorten(statement.text) + "`");
     }
     if (!string) {
       const int before = line_;
@@ -149,18 +154,22 @@ Tokens::Tokens(const std::string& text, int line) : line_(line) {
       end = std::min(text.find('"', i + 1), text.size() - 1) + 1;
     } else if (std::isdigit(static_cast<unsigned char>(c)) != 0) {
       // 1.5e+3 is one token; so are 0f3F800000 and 0x10U.
-      const bool plain = !(c == '0' && i + 1 < text.size() && std::isalpha(static_cast<unsigned char>(text[i + 1])));
-      while (end < text.size() && (std::isalnum(static_cast<unsigned char>(text[end])) != 0 || text[end] == '.' ||
-                                   (plain && (text[end] == '+' || text[end] == '-') &&
-                                    (text[end - 1] == 'e' || text[end - 1] == 'E')))) {
+      const bool plain = !(c == '0' && i + 1 < text.size() &&
+                           std::isalpha(static_cast<unsigned char>(text[i + 1])));
+      while (end < text.size() &&
+             (std::isalnum(static_cast<unsigned char>(text[end])) != 0 || text[end] == '.' ||
+              (plain && (text[end] == '+' || text[end] == '-') &&
+               (text[end - 1] == 'e' || text[end - 1] == 'E')))) {
         ++end;
       }
-    } else if (is_identifier_character(c) || (c == '.' && end < text.size() && is_identifier_character(text[end]))) {
+    } else if (is_identifier_character(c) ||
+               (c == '.' && end < text.size() && is_identifier_character(text[end]))) {
       // Opcodes and special registers have dots inside, and modifiers have `::`.
-      while (end < text.size() &&
-             (is_identifier_character(text[end]) ||
-              (text[end] == '.' && end + 1 < text.size() && is_identifier_character(text[end + 1])) ||
-              (text.compare(end, 2, "::") == 0) || (text[end] == ':' && text[end - 1] == ':'))) {
+      while (
+          end < text.size() &&
+          (is_identifier_character(text[end]) ||
+           (text[end] == '.' && end + 1 < text.size() && is_identifier_character(text[end + 1])) ||
+           (text.compare(end, 2, "::") == 0) || (text[end] == ':' && text[end - 1] == ':'))) {
         ++end;
       }
     }
@@ -186,7 +195,8 @@ bool Tokens::accept(const std::string& token) {
 }
 
 void Tokens::expect(const std::string& token) {
-  if (!accept(token)) throw ParseError(line_, "expected `" + token + "` before `" + shorten(peek()) + "`");
+  if (!accept(token))
+    throw ParseError(line_, "expected `" + token + "` before `" + shorten(peek()) + "`");
 }
 
 bool is_number(const std::string& token) {

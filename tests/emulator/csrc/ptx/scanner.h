@@ -9,13 +9,13 @@ namespace emulator::ptx {
 
 struct Statement {
   enum class Kind {
-    Open,       // {
-    Close,      // }
-    Label,      // text: the name
-    Line,       // .version, .target, .loc, .file: ended by the line's end
-    Header,     // .entry / .func ... up to its body's `{` (which follows as Open) or its `;`
-    Plain,      // ended by `;`
-    End,        // of the text
+    Open,    // {
+    Close,   // }
+    Label,   // text: the name
+    Line,    // .version, .target, .loc, .file: ended by the line's end
+    Header,  // .entry / .func ... up to its body's `{` (which follows as Open) or its `;`
+    Plain,   // ended by `;`
+    End,     // of the text
   };
   Kind kind = Kind::End;
   std::string text;
@@ -38,8 +38,8 @@ class Scanner {
   int line_ = 1;
 };
 
-// The tokens of one statement: identifiers (with %, $, _ and dots inside), numbers, strings, and single
-// characters.
+// The tokens of one statement: identifiers (with %, $, _ and dots inside), numbers, strings, and
+// single characters.
 class Tokens {
  public:
   Tokens(const std::string& text, int line);

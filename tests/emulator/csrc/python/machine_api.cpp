@@ -1,5 +1,5 @@
-// What Python drives: a C interface for ctypes. No exception leaves it: a call that fails returns a negative
-// number or null, and emulator_last_error() says why.
+// What Python drives: a C interface for ctypes. No exception leaves it: a call that fails returns a
+// negative number or null, and emulator_last_error() says why.
 #include <map>
 #include <string>
 
@@ -61,7 +61,9 @@ T& choose(const std::map<std::string, T*>& fields, const std::string& name) {
 
 using namespace emulator;
 
-EMULATOR_API const char* emulator_last_error() { return last_error.c_str(); }
+EMULATOR_API const char* emulator_last_error() {
+  return last_error.c_str();
+}
 
 EMULATOR_API int emulator_set_limit(const char* name, int64_t value) {
   return guarded(-1, [&] {
@@ -91,7 +93,9 @@ EMULATOR_API int emulator_set_limit(const char* name, int64_t value) {
   });
 }
 
-EMULATOR_API void emulator_set_device_name(const char* name) { Machine::instance().limits.name = name; }
+EMULATOR_API void emulator_set_device_name(const char* name) {
+  Machine::instance().limits.name = name;
+}
 
 EMULATOR_API int emulator_set_setting(const char* name, uint64_t value) {
   return guarded(-1, [&] {
@@ -115,15 +119,16 @@ EMULATOR_API int emulator_set_setting(const char* name, uint64_t value) {
 }
 
 EMULATOR_API uint64_t emulator_allocate(uint64_t bytes, const char* name, uint64_t skew) {
-  return guarded(uint64_t{0}, [&] { return Machine::instance().memory.allocate(bytes, name, skew); });
+  return guarded(uint64_t{0},
+                 [&] { return Machine::instance().memory.allocate(bytes, name, skew); });
 }
 
 EMULATOR_API int emulator_free(uint64_t address) {
   return guarded(-1, [&] { return Machine::instance().memory.free(address), 0; });
 }
 
-EMULATOR_API int emulator_restrict(uint64_t address, int64_t offset, int element_bytes, int dimensions,
-                                   const int64_t* shape, const int64_t* strides) {
+EMULATOR_API int emulator_restrict(uint64_t address, int64_t offset, int element_bytes,
+                                   int dimensions, const int64_t* shape, const int64_t* strides) {
   return guarded(-1, [&] {
     View view;
     view.offset = offset;
@@ -140,7 +145,8 @@ EMULATOR_API int emulator_write(uint64_t address, const void* source, uint64_t b
 }
 
 EMULATOR_API int emulator_read(uint64_t address, void* destination, uint64_t bytes) {
-  return guarded(-1, [&] { return Machine::instance().memory.read(address, destination, bytes), 0; });
+  return guarded(-1,
+                 [&] { return Machine::instance().memory.read(address, destination, bytes), 0; });
 }
 
 EMULATOR_API int emulator_fill(uint64_t address, uint8_t value, uint64_t bytes) {
@@ -152,7 +158,9 @@ EMULATOR_API int emulator_set_undefined(uint64_t address, uint64_t bytes) {
 }
 
 EMULATOR_API int emulator_read_undefined(uint64_t address, uint8_t* destination, uint64_t bytes) {
-  return guarded(-1, [&] { return Machine::instance().memory.read_undefined(address, destination, bytes), 0; });
+  return guarded(-1, [&] {
+    return Machine::instance().memory.read_undefined(address, destination, bytes), 0;
+  });
 }
 
 EMULATOR_API int emulator_load(const char* ptx) {
@@ -179,18 +187,21 @@ EMULATOR_API const char* emulator_kernel(int module, const char* name) {
                  [&] { return keep(to_json(Machine::instance().kernel(module, name))); });
 }
 
-EMULATOR_API int emulator_variable(int module, const char* name, uint64_t* address, uint64_t* bytes) {
+EMULATOR_API int emulator_variable(int module, const char* name, uint64_t* address,
+                                   uint64_t* bytes) {
   return guarded(-1, [&] {
     if (!Machine::instance().variable(module, name, address, bytes)) {
-      throw ArgumentError("no .global or .const variable `" + std::string(name) + "` in the module");
+      throw ArgumentError("no .global or .const variable `" + std::string(name) +
+                          "` in the module");
     }
     return 0;
   });
 }
 
 // `shape`: the grid's three sizes, then the block's. Returns the launch's number.
-EMULATOR_API int emulator_launch(int module, const char* name, const uint32_t* shape, uint32_t dynamic_shared_bytes,
-                                 const void* parameters, uint64_t bytes) {
+EMULATOR_API int emulator_launch(int module, const char* name, const uint32_t* shape,
+                                 uint32_t dynamic_shared_bytes, const void* parameters,
+                                 uint64_t bytes) {
   return guarded(-1, [&] {
     Machine& machine = Machine::instance();
     LaunchShape launch;
@@ -206,9 +217,13 @@ EMULATOR_API int emulator_launch(int module, const char* name, const uint32_t* s
   });
 }
 
-EMULATOR_API int emulator_launches() { return static_cast<int>(Machine::instance().launches.size()); }
+EMULATOR_API int emulator_launches() {
+  return static_cast<int>(Machine::instance().launches.size());
+}
 
-EMULATOR_API void emulator_clear_launches() { Machine::instance().launches.clear(); }
+EMULATOR_API void emulator_clear_launches() {
+  Machine::instance().launches.clear();
+}
 
 EMULATOR_API const char* emulator_launch_record(int index) {
   return guarded(static_cast<const char*>(nullptr), [&] {

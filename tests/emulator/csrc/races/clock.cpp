@@ -13,10 +13,10 @@ void join_epochs(Epochs* into, const Epochs& from) {
   for (size_t i = 0; i < from.size(); ++i) (*into)[i] = std::max((*into)[i], from[i]);
 }
 
-
 // Calls `visit` once for each distinct clock among the lanes': lanes of a warp mostly share one.
 template <class Visit>
-void for_each_distinct(const Warp& warp, LaneMask lanes, ClockRef Knowledge::*member, Visit visit) {
+void for_each_distinct(const Warp& warp, LaneMask lanes, ClockRef Knowledge::* member,
+                       Visit visit) {
   const Clock* last = nullptr;
   for_each_lane(lanes, [&](int l) {
     const ClockRef& clock = warp.known[l].*member;
@@ -96,8 +96,8 @@ void GatheredRef::acquire(Warp& warp, LaneMask lanes) const {
     if (!any || known.ordered != before.ordered || known.proxied != before.proxied ||
         known.fenced != before.fenced || known.pending != before.pending) {
       before = known;
-      after = {join(known.ordered, ordered), join(known.proxied, proxied), join(known.fenced, fenced),
-               join(known.pending, pending)};
+      after = {join(known.ordered, ordered), join(known.proxied, proxied),
+               join(known.fenced, fenced), join(known.pending, pending)};
       any = true;
     }
     known = after;

@@ -1,9 +1,9 @@
 // Vector clocks: what a thread knows of the accesses of others.
 //
-// Every access is stamped with its warp's epoch. A release by a lane publishes "all my accesses up to this
-// epoch, and all that I know of others", and moves the warp's epoch on; an acquire joins what was
-// published. An access is ordered before another when the thread of the second knows the first's epoch
-// (Fidge and Mattern's clocks, with FastTrack's epochs for the accesses).
+// Every access is stamped with its warp's epoch. A release by a lane publishes "all my accesses up
+// to this epoch, and all that I know of others", and moves the warp's epoch on; an acquire joins
+// what was published. An access is ordered before another when the thread of the second knows the
+// first's epoch (Fidge and Mattern's clocks, with FastTrack's epochs for the accesses).
 #pragma once
 
 #include <cstdint>
@@ -17,14 +17,14 @@ namespace emulator {
 
 class Warp;
 
-// An agent is a thread of a block, or one of the block's asynchronous agents (bulk copies that signal one
-// mbarrier), numbered after the threads.
+// An agent is a thread of a block, or one of the block's asynchronous agents (bulk copies that
+// signal one mbarrier), numbered after the threads.
 using Epochs = std::vector<uint32_t>;  // by agent; agents past its end: 0
 using EpochsRef = std::shared_ptr<const Epochs>;
 
 struct Clock {
-  Epochs own;                         // of the block that the clock belongs to
-  std::map<int, EpochsRef> others;    // of other blocks, by their linear index
+  Epochs own;                       // of the block that the clock belongs to
+  std::map<int, EpochsRef> others;  // of other blocks, by their linear index
 
   uint32_t at(int agent) const {
     return agent < static_cast<int>(own.size()) ? own[static_cast<size_t>(agent)] : 0;
@@ -39,7 +39,8 @@ using ClockRef = std::shared_ptr<const Clock>;
 struct Knowledge {
   ClockRef ordered;  // what happened before
   ClockRef proxied;  // of it, what the async proxy sees too (fence.proxy.async)
-  ClockRef fenced;   // what a relaxed atomic of this lane publishes: its knowledge at its last device fence
+  ClockRef fenced;   // what a relaxed atomic of this lane publishes: its knowledge at its last
+                     // device fence
   ClockRef pending;  // what its relaxed loads saw published; a device fence acquires it
 };
 
@@ -52,7 +53,7 @@ struct Gathered {
 struct GatheredRef {
   explicit GatheredRef(const Gathered& from);
   GatheredRef() = default;
-  void give(Warp& warp, LaneMask lanes) const;     // replaces: after a barrier everyone knows the same
+  void give(Warp& warp, LaneMask lanes) const;  // replaces: after a barrier everyone knows the same
   void acquire(Warp& warp, LaneMask lanes) const;  // joins
   ClockRef ordered, proxied, fenced, pending;
 };

@@ -12,13 +12,24 @@ constexpr int kEpochBits = 29;
 
 uint64_t pack(int block, int agent, uint32_t epoch, bool strong, unsigned bytes) {
   return (static_cast<uint64_t>(block) << 44) | (static_cast<uint64_t>(agent) << 32) |
-         (static_cast<uint64_t>(epoch & ((1u << kEpochBits) - 1)) << 3) | (strong ? 4u : 0u) | bytes;
+         (static_cast<uint64_t>(epoch & ((1u << kEpochBits) - 1)) << 3) | (strong ? 4u : 0u) |
+         bytes;
 }
-int block_of(uint64_t stamp) { return static_cast<int>(stamp >> 44); }
-int agent_of(uint64_t stamp) { return static_cast<int>(stamp >> 32 & 0xfff); }
-uint32_t epoch_of(uint64_t stamp) { return static_cast<uint32_t>(stamp >> 3) & ((1u << kEpochBits) - 1); }
-bool strong_of(uint64_t stamp) { return (stamp & 4) != 0; }
-unsigned bytes_of(uint64_t stamp) { return stamp & 3; }
+int block_of(uint64_t stamp) {
+  return static_cast<int>(stamp >> 44);
+}
+int agent_of(uint64_t stamp) {
+  return static_cast<int>(stamp >> 32 & 0xfff);
+}
+uint32_t epoch_of(uint64_t stamp) {
+  return static_cast<uint32_t>(stamp >> 3) & ((1u << kEpochBits) - 1);
+}
+bool strong_of(uint64_t stamp) {
+  return (stamp & 4) != 0;
+}
+unsigned bytes_of(uint64_t stamp) {
+  return stamp & 3;
+}
 
 bool known(uint64_t stamp, const Warp& warp, int lane) {
   const int block = block_of(stamp), agent = agent_of(stamp);
@@ -31,8 +42,8 @@ bool known(uint64_t stamp, const Warp& warp, int lane) {
 
 }  // namespace
 
-bool GlobalRaces::access(Page::Trace& trace, const Warp& warp, int lane, uint64_t offset, int bytes, bool write,
-                         bool strong, Other* other) {
+bool GlobalRaces::access(Page::Trace& trace, const Warp& warp, int lane, uint64_t offset, int bytes,
+                         bool write, bool strong, bool same_value, Other* other) {
   bool fine = true;
   const int block = warp.block().index(), thread = warp.thread(lane);
   const uint64_t first = offset / 2, last = (offset + static_cast<uint64_t>(bytes) - 1) / 2;
@@ -42,9 +53,12 @@ bool GlobalRaces::access(Page::Trace& trace, const Warp& warp, int lane, uint64_
     if (pair * 2 + 1 >= offset + static_cast<uint64_t>(bytes)) mask &= 1u;
     const uint64_t mine = pack(block, thread, warp.epoch, strong, mask);
     const auto conflicts = [&](uint64_t stamp, bool stamp_writes) {
-      if (stamp == 0 || (bytes_of(stamp) & mask) == 0 || (strong && strong_of(stamp)) || known(stamp, warp, lane)) {
+      if (stamp == 0 || (bytes_of(stamp) & mask) == 0 || (strong && strong_of(stamp)) ||
+          known(stamp, warp, lane)) {
         return false;
       }
+      const bool same_warp = block_of(stamp) == block && agent_of(stamp) / kLanes == warp.index();
+      if (same_value && stamp_writes && same_warp && epoch_of(stamp) == warp.epoch) return false;
       if (fine) *other = {block_of(stamp), agent_of(stamp), stamp_writes};
       fine = false;
       return true;
@@ -60,12 +74,13 @@ bool GlobalRaces::access(Page::Trace& trace, const Warp& warp, int lane, uint64_
       continue;
     }
     if (readers[0] == mine || readers[1] == mine) continue;
-    // A reader that this one is ordered after is subsumed by it. Of several unordered readers two are kept:
-    // enough to see that a write by anybody races, unless it is ordered after just these two; the
-    // other order of the blocks then shows it as a read after a write.
+    // A reader that this one is ordered after is subsumed by it. Of several unordered readers two
+    // are kept: enough to see that a write by anybody races, unless it is ordered after just these
+    // two; the other order of the blocks then shows it as a read after a write.
     if (readers[0] == 0 || known(readers[0], warp, lane)) {
       readers[0] = mine;
-    } else if (readers[1] == 0 || known(readers[1], warp, lane) || block_of(readers[1]) == block_of(readers[0])) {
+    } else if (readers[1] == 0 || known(readers[1], warp, lane) ||
+               block_of(readers[1]) == block_of(readers[0])) {
       readers[1] = mine;
     }
   }
@@ -125,7 +140,8 @@ void GlobalRaces::fence(Warp& warp, LaneMask lanes) {
       any = true;
     }
     known.ordered = after;
-    known.fenced = std::make_shared<const Clock>(with_own(join(known.fenced, after), warp, lane_bit(l)));
+    known.fenced =
+        std::make_shared<const Clock>(with_own(join(known.fenced, after), warp, lane_bit(l)));
   });
   ++warp.epoch;
 }

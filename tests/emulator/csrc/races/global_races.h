@@ -24,17 +24,19 @@ struct Ordering {
 class GlobalRaces {
  public:
   // Records an access of a lane to bytes of one page; false when it races: `other` says with whom.
+  // `same_value`: a store of what is there already, which lanes of one instruction may do at once.
   struct Other {
     int block, agent;
     bool write;
   };
-  bool access(Page::Trace& trace, const Warp& warp, int lane, uint64_t offset, int bytes, bool write, bool strong,
-              Other* other);
+  bool access(Page::Trace& trace, const Warp& warp, int lane, uint64_t offset, int bytes,
+              bool write, bool strong, bool same_value, Other* other);
 
-  // A strong store or an atomic by a lane published what the lane knows (all of it when it releases, else
-  // what its last device fence covered) ...
+  // A strong store or an atomic by a lane published what the lane knows (all of it when it
+  // releases, else what its last device fence covered) ...
   void publish(uint64_t address, Warp& warp, int lane, const Ordering& ordering);
-  // ... and a strong load or an atomic saw it: at once when it acquires, else at the lane's next fence.
+  // ... and a strong load or an atomic saw it: at once when it acquires, else at the lane's next
+  // fence.
   void observe(uint64_t address, Warp& warp, int lane, const Ordering& ordering);
   static void fence(Warp& warp, LaneMask lanes);
 

@@ -53,23 +53,28 @@ bool SharedRaces::is_known(const Entry& entry, const Access& access) const {
   const ClockRef& ordered = warp.known[access.lane].ordered;
   if (!ordered) return false;
   bool known = true;
-  for_each_lane(others, [&](int l) { known = known && ordered->at(entry.warp * kLanes + l) >= entry.epoch; });
+  for_each_lane(
+      others, [&](int l) { known = known && ordered->at(entry.warp * kLanes + l) >= entry.epoch; });
   return known;
 }
 
-// Whether what ordinary instructions did is ordered for the async proxy too: some thread that knew of it
-// ran fence.proxy.async, and this one knows of that.
+// Whether what ordinary instructions did is ordered for the async proxy too: some thread that knew
+// of it ran fence.proxy.async, and this one knows of that.
 bool SharedRaces::is_proxied(const Entry& entry, const Access& access) const {
   const ClockRef& proxied = access.warp->known[access.lane].proxied;
   if (!proxied) return false;
   bool known = true;
-  for_each_lane(entry.lanes, [&](int l) { known = known && proxied->at(entry.warp * kLanes + l) >= entry.epoch; });
+  for_each_lane(entry.lanes, [&](int l) {
+    known = known && proxied->at(entry.warp * kLanes + l) >= entry.epoch;
+  });
   return known;
 }
 
 void SharedRaces::report(const Entry& entry, const Access& access, uint32_t address, bool proxy) {
   Warp& warp = *access.warp;
-  const Check check = entry.epoch == kUnderWay ? Check::Asynchronous : proxy ? Check::Proxy : Check::Race;
+  const Check check = entry.epoch == kUnderWay ? Check::Asynchronous
+                      : proxy                  ? Check::Proxy
+                                               : Check::Race;
   // A missing wait is found at every word of a tile: only the first is put into words.
   if (warp.block().launch().repeats(check, access.step->source->at.ptx_line)) return;
   const Step& other = warp.block().program().steps[static_cast<size_t>(entry.pc)];
@@ -79,13 +84,15 @@ void SharedRaces::report(const Entry& entry, const Access& access, uint32_t addr
   const std::string what = std::string(access.write ? "writes " : "reads ") +
                            warp.block().shared().describe(address) + ", which " + who +
                            (entry.write ? " wrote" : " read");
-  const std::string where = " at PTX line " + std::to_string(other.source->at.ptx_line) + " `" + other.source->text + "`";
+  const std::string where =
+      " at PTX line " + std::to_string(other.source->at.ptx_line) + " `" + other.source->text + "`";
   if (entry.epoch == kUnderWay) {
     const std::string verb = entry.write ? " is still writing" : " is still reading";
     const std::string asynchronously = " asynchronously";
     warp.report(check, *access.step, access.lane,
-                std::string(access.write ? "writes " : "reads ") + warp.block().shared().describe(address) +
-                    ", which " + who + verb + asynchronously + where);
+                std::string(access.write ? "writes " : "reads ") +
+                    warp.block().shared().describe(address) + ", which " + who + verb +
+                    asynchronously + where);
   } else if (proxy) {
     warp.report(check, *access.step, access.lane,
                 "the async proxy " + what + " with ordinary instructions" + where +
@@ -95,9 +102,10 @@ void SharedRaces::report(const Entry& entry, const Access& access, uint32_t addr
   }
 }
 
-// Checks an access against one that overlaps it. True when the new one makes the old one superfluous:
-// whatever will be ordered after the new one is then ordered after the old one too.
-bool SharedRaces::supersedes(const Entry& old, uint8_t bytes, const Access& access, uint32_t address) {
+// Checks an access against one that overlaps it. True when the new one makes the old one
+// superfluous: whatever will be ordered after the new one is then ordered after the old one too.
+bool SharedRaces::supersedes(const Entry& old, uint8_t bytes, const Access& access,
+                             uint32_t address) {
   const bool conflict = (old.write || access.write) && !(old.atomic && access.atomic);
   const bool known = is_known(old, access);
   if (conflict && !known) {
@@ -107,19 +115,22 @@ bool SharedRaces::supersedes(const Entry& old, uint8_t bytes, const Access& acce
   if (access.async_proxy && !old.async_proxy && old.write && !is_proxied(old, access)) {
     report(old, access, address, true);
   }
-  // Another atomic would conflict with an ordinary access, an mbarrier's initialisation for example, but not with
-  // the atomic that took its place.
-  return known && (old.bytes & ~bytes) == 0 && (access.write || !old.write) && (old.atomic || !access.atomic);
+  // Another atomic would conflict with an ordinary access, an mbarrier's initialisation for
+  // example, but not with the atomic that took its place.
+  return known && (old.bytes & ~bytes) == 0 && (access.write || !old.write) &&
+         (old.atomic || !access.atomic);
 }
 
-void SharedRaces::touch(Word& word, uint8_t bytes, const Access& access, uint32_t address, uint32_t ticket) {
+void SharedRaces::touch(Word& word, uint8_t bytes, const Access& access, uint32_t address,
+                        uint32_t ticket) {
   const Warp& warp = *access.warp;
   bool recorded = false;
   for (uint32_t i = 0; i < word.count;) {
     Entry& old = entry(word, i);
     const bool overlaps = (old.bytes & bytes) != 0;
-    const bool mergeable = ticket == 0 && old.ticket == 0 && old.bytes == bytes && old.warp == warp.index() &&
-                           old.epoch == warp.epoch && old.write == access.write && old.atomic == access.atomic &&
+    const bool mergeable = ticket == 0 && old.ticket == 0 && old.bytes == bytes &&
+                           old.warp == warp.index() && old.epoch == warp.epoch &&
+                           old.write == access.write && old.atomic == access.atomic &&
                            old.async_proxy == access.async_proxy &&
                            (!old.write || old.atomic || old.lanes == lane_bit(access.lane) ||
                             (access.same_value && old.pc == access.step->pc));
@@ -162,8 +173,9 @@ uint32_t SharedRaces::begin(const Access& access) {
     free_tickets_.pop_back();
   }
   under_way_[ticket - 1] = {access.address, access.bytes};
-  for_each_word(access.address, access.bytes,
-                [&](Word& word, uint8_t bytes, uint32_t at) { touch(word, bytes, access, at, ticket); });
+  for_each_word(access.address, access.bytes, [&](Word& word, uint8_t bytes, uint32_t at) {
+    touch(word, bytes, access, at, ticket);
+  });
   return ticket;
 }
 

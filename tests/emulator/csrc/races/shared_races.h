@@ -24,18 +24,20 @@ class SharedRaces {
     uint32_t address;
     uint32_t bytes;
     bool write;
-    bool async_proxy = false;  // bytes written by ordinary stores must be ordered for this proxy as well
-    bool same_value = false;   // a store of what is there already: lanes of one instruction may agree
-    bool atomic = false;       // atomics do not race with one another
+    bool async_proxy =
+        false;  // bytes written by ordinary stores must be ordered for this proxy as well
+    bool same_value =
+        false;            // a store of what is there already: lanes of one instruction may agree
+    bool atomic = false;  // atomics do not race with one another
   };
   // Records the access; a race is reported at the access that came second.
   void access(const Access& access);
 
-  // An asynchronous access, under way from now on: what conflicts with it is a race until it ends. The
-  // ticket ends it.
+  // An asynchronous access, under way from now on: what conflicts with it is a race until it ends.
+  // The ticket ends it.
   uint32_t begin(const Access& access);
-  // It ended, and the lane knows (cp.async.wait_group): from here on it is an access of that lane at its
-  // warp's current epoch.
+  // It ended, and the lane knows (cp.async.wait_group): from here on it is an access of that lane
+  // at its warp's current epoch.
   void end_by_lane(Warp& warp, int lane, uint32_t ticket);
   // It ended, and whoever knows `epoch` of the asynchronous agent knows (bulk copies, wgmma).
   void end_by_agent(int agent, uint32_t epoch, uint32_t ticket);
