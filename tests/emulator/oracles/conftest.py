@@ -10,11 +10,6 @@ from tests.emulator.native import build_library, library
 from tests.emulator.oracles import cutlass
 
 
-@pytest.fixture(scope="session", params=["sm_80", "sm_90a"])
-def architecture(request):
-    return request.param
-
-
 def load_launchers(architecture: str) -> ctypes.CDLL:
     library()  # first: the launchers resolve the CUDA runtime's symbols in it
     return ctypes.CDLL(str(cutlass.compile_gemms(architecture, build_library())))
