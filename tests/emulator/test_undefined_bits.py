@@ -58,7 +58,14 @@ def defined(width: int, values: list[int]) -> st.SearchStrategy[Source]:
 
 AMOUNTS = [0, 1, 3, 7, 8, 15, 16, 31, 32, 33, 63, 64, 100]
 
-# The instruction, the width of the result, and of each source its width, or the defined values it may have.
+
+def amount() -> st.SearchStrategy[Source]:
+    """A count, position or selection, with an undefined bit or two where they matter."""
+    return st.tuples(st.just(32), st.sampled_from(AMOUNTS), st.sampled_from([0, 1, 2, 6, 16, 32, 64]))
+
+
+AMOUNT = -1
+# The instruction, the width of the result, and of each source its width, AMOUNT, or the values it may have.
 Case = tuple[str, int, list[int | list[int]]]
 
 
@@ -123,7 +130,7 @@ EXACT: list[Case] = [
     *cases("setp.ne.b32 %p, %c, 0; selp.b{w} %d, %a, %b, %p;", "w", "w", "w", 32, w=WIDTHS),
     ("slct.b32.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
     (
-        "setp.gt.u32 %q, %a, 99; lop3.or.b32 _|%p, %a, %b, %c, 0xC0, %q; selp.u32 %d, 1, 0, %p;",
+        "setp.ne.u32 %q, %c, 0; lop3.or.b32 _|%p, %a, %b, %c, 0xC0, %q; selp.u32 %d, 1, 0, %p;",
         32,
         [32, 32, [0]],
     ),
@@ -145,16 +152,16 @@ SAFE: list[Case] = [
     ("popc.b64 %d, %a;", 32, [64]),
     ("clz.b32 %d, %a;", 32, [32]),
     ("bfind.s32 %d, %a;", 32, [32]),
-    ("bmsk.clamp.b32 %d, %a, %b;", 32, [32, 32]),
-    ("fns.b32 %d, %a, %b, 1;", 32, [32, 32]),
-    ("shl.b32 %d, %a, %b;", 32, [32, 32]),
-    ("shr.s64 %d, %a, %b;", 64, [64, 32]),
-    ("shf.r.wrap.b32 %d, %a, %b, %c;", 32, [32, 32, 32]),
-    ("prmt.b32 %d, %a, %b, %c;", 32, [32, 32, 32]),
-    ("prmt.b32.f4e %d, %a, %b, %c;", 32, [32, 32, 32]),
-    ("bfe.s32 %d, %a, %b, %c;", 32, [32, 32, 32]),
-    ("bfi.b32 %d, %a, %b, %c, %c;", 32, [32, 32, 32]),
-    ("szext.wrap.s32 %d, %a, %b;", 32, [32, 32]),
+    *cases("bmsk.{m}.b32 %d, %a, %b;", 32, AMOUNT, AMOUNT, m=("clamp", "wrap")),
+    ("fns.b32 %d, %a, %b, 1;", 32, [32, AMOUNT]),
+    *cases("shl.b{w} %d, %a, %b;", "w", "w", AMOUNT, w=WIDTHS),
+    *cases("shr.{t}{w} %d, %a, %b;", "w", "w", AMOUNT, t=SIGNS, w=WIDTHS),
+    *cases("shf.{d}.{m}.b32 %d, %a, %b, %c;", 32, 32, 32, AMOUNT, d="lr", m=("clamp", "wrap")),
+    ("prmt.b32 %d, %a, %b, %c;", 32, [32, 32, AMOUNT]),
+    *cases("prmt.b32.{m} %d, %a, %b, %c;", 32, 32, 32, AMOUNT, m=PERMUTATIONS),
+    *cases("bfe.{t}32 %d, %a, %b, %c;", 32, 32, AMOUNT, AMOUNT, t=SIGNS),
+    *cases("bfi.b{w} %d, %a, %b, %c, %e;", "w", "w", "w", AMOUNT, AMOUNT, w=(32, 64)),
+    *cases("szext.{m}.s32 %d, %a, %b;", 32, 32, AMOUNT, m=("clamp", "wrap")),
     ("add.rn.f32 %d, %a, %b;", 32, [32, 32]),
     ("fma.rn.f16x2 %d, %a, %b, %c;", 32, [32, 32, 32]),
     ("ex2.approx.ftz.f32 %d, %a;", 32, [32]),
@@ -175,7 +182,13 @@ SAFE: list[Case] = [
 
 
 def draw(data: st.DataObject, shapes: list[int | list[int]]) -> list[Source]:
-    return [data.draw(source(shape) if isinstance(shape, int) else defined(32, shape)) for shape in shapes]
+    sources = []
+    for shape in shapes:
+        if isinstance(shape, list):
+            sources.append(data.draw(defined(32, shape)))
+        else:
+            sources.append(data.draw(amount() if shape == AMOUNT else source(shape)))
+    return sources
 
 
 @pytest.mark.parametrize(("instruction", "width", "shapes"), EXACT, ids=[case[0] for case in EXACT])
@@ -203,6 +216,7 @@ def test_nothing_passes_unseen(instruction, width, shapes, data):
         # Carries go upwards only.
         ("add.u32 %d, %a, %b;", 32, [(32, 5, 0xFF00), (32, 1, 0)], 0xFFFFFF00),
         ("mul.lo.u32 %d, %a, %b;", 32, [(32, 5, 0x80000000), (32, 3, 0)], 0x80000000),
+        ("add.cc.u32 %d, %a, %b; addc.u32 %d, 0, 0;", 32, [(32, 0xFFFFFFFF, 0), (32, 0, 1)], 0xFFFFFFFF),
         # The halves of packed types, and of pairs, are apart.
         ("add.u16x2 %d, %a, %b;", 32, [(32, 5, 0xFF00), (32, 1, 0)], 0xFF00),
         ("fma.rn.bf16x2 %d, %a, %b, %a;", 32, [(32, 5, 0x10000), (32, 1, 0)], 0xFFFF0000),
