@@ -16,3 +16,9 @@ def max_jobs(cuda: bool, environ: Mapping[str, str] = os.environ) -> int:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     by_memory = int(memory_gib / GIB_PER_JOB["cuda" if cuda else "c++"])
     return max(1, min(len(os.sched_getaffinity(0)), by_memory))
+
+
+def nvcc_threads(architectures: str) -> int:
+    """How many of a file's architectures nvcc compiles at a time: the heaviest file bounds the build."""
+    targets = architectures.count(";") + architectures.count("+PTX") + 1
+    return min(targets, 4, len(os.sched_getaffinity(0)))

@@ -14,29 +14,19 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from build_support.toolkit import find_toolkit as find_system_toolkit
+from build_support.toolkit import find_pypi_root, find_system_toolkit, pypi_packages
 
 CACHE = Path(__file__).resolve().parents[2] / "build" / "emulator"
 
-# nvcc leaves crt and nvvm unpinned, and parts of two releases do not work together.
-PYPI_TOOLKIT = tuple(
-    f"{package}==13.0.*"
-    for package in (
-        "nvidia-cuda-nvcc",
-        "nvidia-cuda-crt",
-        "nvidia-nvvm",
-        "nvidia-cuda-runtime",
-        "nvidia-cuda-cccl",
-    )
-)
+PYPI_TOOLKIT = pypi_packages("13.0")
 
 
 class ToolkitMissing(RuntimeError):
@@ -65,10 +55,9 @@ def find_toolkit(site_directories: Sequence[str] | None = None) -> Toolkit:
     system = find_system_toolkit()
     if system is not None:
         return _describe(system.root, "system")
-    for directory in sys.path if site_directories is None else site_directories:
-        root = Path(directory) / "nvidia" / "cu13"
-        if (root / "bin" / "nvcc").is_file():
-            return _describe(root, "pypi")
+    root = find_pypi_root(site_directories)
+    if root is not None:
+        return _describe(root, "pypi")
     raise ToolkitMissing(
         "no nvcc in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or this Python's packages: install a CUDA "
         "toolkit, or pip install " + " ".join(f"'{package}'" for package in PYPI_TOOLKIT)
@@ -132,7 +121,8 @@ def compile_launchers(
         f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]",
         *_flags(include, defines, options),
     ]
-    objects = [_compile(source, ".o", flags, toolkit) for source in sources]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(lambda source: _compile(source, ".o", flags, toolkit), sources))
     # -z defs: a runtime function that the stand-in lacks is named here and not when it is first called.
     link = [
         str(toolkit.nvcc),
