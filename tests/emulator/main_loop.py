@@ -27,6 +27,7 @@ class LoopMix:
     global_stores: int
     local_accesses: int  # spilled registers, and arrays indexed at run time
     barriers: int  # barriers, fences, commits and waits
+    branches: int  # the loop's own among them
     other: int
 
     @property
@@ -48,13 +49,16 @@ def main_loops(machine_code: str) -> dict[str, LoopMix | None]:
     """The main loop of every function that nvdisasm printed, by mangled name; None for one without a loop.
 
     Loops that hold matrix instructions are considered or, where there are none, all loops; of these the
-    innermost, and of these the one with the most matrix instructions, and then the largest. So neither a wait
-    that spins inside the main loop nor a loop over tiles around it is taken for it. Subroutines that a loop
-    calls are not counted. Raises ValueError for a jump to targets that are not named.
+    innermost, and of these the one with the most matrix instructions. So neither a wait that spins inside
+    the main loop nor a loop over tiles around it is taken for it. Of several with as many matrix
+    instructions it is the smallest: a kernel that leaves the ragged ends of its reduction to loops of their
+    own spends its time in the other. Where no loop has any, it is the largest. Subroutines that a loop calls
+    are not counted. Raises ValueError for a jump to targets that are not named.
     """
     return {name: _main_loop(instructions) for name, instructions in _functions(machine_code).items()}
 
 
+_JUMPS = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU")
 _KINDS: Mapping[str, str] = {
     opcode: kind
     for kind, opcodes in {
@@ -66,10 +70,10 @@ _KINDS: Mapping[str, str] = {
         "local_accesses": "LDL STL",
         "barriers": "BAR DEPBAR LDGDEPBAR SYNCS ARRIVES WARPSYNC WARPGROUP MEMBAR FENCE UTMACMDFLUSH UTCBAR "
         "UCGABAR_ARV UCGABAR_WAIT",
+        "branches": " ".join(_JUMPS),
     }.items()
     for opcode in opcodes.split()
 }
-_JUMPS = ("BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU")
 _SECTION = re.compile(r"^\s*\.section\s+", re.MULTILINE)
 _LABEL = re.compile(r"\.L_\w+")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z]\w*)[^\s;]*\s*([^;]*)")
@@ -132,7 +136,7 @@ def _main_loop(instructions: Sequence[_Instruction]) -> LoopMix | None:
     matrix = {loop: sum(instructions[position].kind == "matrix" for position in loop) for loop in loops}
     considered = [loop for loop in loops if matrix[loop]] or loops
     innermost = [loop for loop in considered if not any(other < loop for other in considered)]
-    body = max(innermost, key=lambda loop: (matrix[loop], len(loop)))
+    body = max(innermost, key=lambda loop: (matrix[loop], -len(loop) if matrix[loop] else len(loop)))
     kinds = Counter(instructions[position].kind for position in body)
     return LoopMix(**{field.name: kinds[field.name] for field in fields(LoopMix)})
 
