@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tests.emulator.machine import Launch, Machine
+from tests.emulator.machine import Launch, Machine, Result
 from tests.emulator.native import library
 
 
@@ -204,3 +204,16 @@ def replaced(machine: Machine, kernel: str, ptx: str) -> Iterator[None]:
     finally:
         library().emulator_runtime_replace(kernel.encode(), 0)
         module.unload()
+
+
+def unnoticed_mutants(run: Callable[[Machine], Result]) -> list[str]:
+    """Of the synchronisations of the first kernel that `run` launches those that no check misses."""
+    launch = run(Machine()).assert_clean().launches[0]
+    ptx = registered_ptx(launch.kernel)
+    unnoticed = []
+    for mutant in mutants(ptx, launch):
+        machine = Machine()
+        with replaced(machine, launch.kernel, mutant.apply(ptx)):
+            if not run(machine).findings:
+                unnoticed.append(mutant.key)
+    return unnoticed
