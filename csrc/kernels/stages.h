@@ -1,0 +1,123 @@
+// The launches that a call is made of. Internal to csrc/kernels: forward.cpp and backward.cpp plan
+// them and run them, one folder implements each.
+//
+// Two kinds of kernel serve each stage. The tensor-core kernels take rows of 16-byte chunks; the
+// plain kernels (plain/) take any stride and alignment, and fp32 arithmetic.
+#pragma once
+
+#include <array>
+
+#include "kernels/lora_linear.h"
+
+namespace fused_lora::kernels {
+
+// The low-rank operands as lora_gemm reads them: more tiles of its reduction, zero-padded, dense.
+// Its depth is the rank, for kHalfMasters three times the rank: products of fp32 numbers by three
+// products of bf16 ones. With v = high + low + (at most 2^-17 |v|), high = bf16(v), low = bf16(v -
+// high), the left operand holds [high | high | low] and the right one [high | low | high].
+//
+// kHalf: elements of dtype. kHalfMasters: bf16, whose exponent is fp32's, beside fp16 too. kTf32:
+// fp32.
+constexpr int kPackedTileBytes = 64;  // the depth of lora_gemm's tile; see lora_gemm/lora_gemm.cuh
+
+inline int64_t packed_element_bytes(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::kTf32 ? 4 : 2;
+}
+inline int64_t packed_rank(Arithmetic arithmetic, int64_t rank) {
+  const int64_t depth = arithmetic == Arithmetic::kHalfMasters ? 3 * rank : rank;
+  const int64_t tile = kPackedTileBytes / packed_element_bytes(arithmetic);
+  return (depth + tile - 1) / tile * tile;
+}
+
+// Writes the right operand of the low-rank product: B for y, A for dx. The launch before lora_gemm
+// does it beside its own work.
+struct PackFactor {
+  MatrixView factor;  // extent×rank: element (e, j)
+  DType factor_dtype = DType::kFloat32;
+  int64_t extent = 0;  // N for y, K for dx
+  int64_t rank = 0;
+  // Where lora_gemm's weight has its reduction contiguous so has this: extent×packed_rank. Else it
+  // is packed_rank×extent, rows of `stride` elements, a multiple of 16 bytes, the gap never read.
+  bool depth_contiguous = true;
+  int64_t stride = 0;      // of packed's rows
+  void* packed = nullptr;  // null: nothing to do
+};
+
+// out = alpha · drop(X) · F        X: rows×columns   F: columns×rank   out: rows×rank
+// h from x and Aᵀ, g from dy and B.
+struct RankDown {
+  Arithmetic arithmetic = Arithmetic::kHalf;
+  DType dtype = DType::kFloat32;         // of X
+  DType factor_dtype = DType::kFloat32;  // of F; rounded to dtype for kHalf
+  int64_t rows = 0, columns = 0, rank = 0;
+  MatrixView x;
+  MatrixView factor;  // columns×rank: element (c, j)
+  float alpha = 1.0f;
+  Dropout dropout;         // its scale is in alpha already
+  void* out = nullptr;     // dense, in rank_dtype; or null
+  void* packed = nullptr;  // rows×packed_rank, dense: lora_gemm's left operand; or null
+  PackFactor partner;
+};
+
+// out = mask ∘ (low · factor) · scale + X · W + bias
+// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask.
+struct LoraGemm {
+  Arithmetic arithmetic = Arithmetic::kHalf;
+  DType dtype = DType::kFloat32;  // of X, W, bias and out
+  int64_t rows = 0, depth = 0, columns = 0, rank = 0;
+  MatrixView x;       // rows×depth
+  MatrixView weight;  // depth×columns: element (d, c)
+  const void* bias = nullptr;
+  Dropout dropout;
+  void* out = nullptr;  // rows×columns, dense
+  // Tensor-core kernels:
+  const void* packed_low = nullptr;     // RankDown::packed
+  const void* packed_factor = nullptr;  // PackFactor::packed
+  int64_t packed_factor_stride = 0;
+  // Plain kernels:
+  const void* low = nullptr;  // rows×rank, dense, in the rank dtype
+  MatrixView factor;          // rank×columns: element (j, c)
+  DType factor_dtype = DType::kFloat32;
+};
+
+// out[c][j] = alpha · Σ_m drop(X)[m][c] · low[m][j]        X: rows×columns   low: rows×rank
+// dB (columns×rank) from dy and h; dA, written transposed (rank×columns), from x and g.
+struct RankGrad {
+  Arithmetic arithmetic = Arithmetic::kHalf;
+  DType dtype = DType::kFloat32;  // of X
+  int64_t rows = 0, columns = 0, rank = 0;
+  MatrixView x;
+  const void* low = nullptr;  // dense, in the rank dtype
+  float alpha = 1.0f;
+  Dropout dropout;  // its scale is in alpha already
+  bool transposed = false;
+  // The rows are split in `splits` equal shares of whole tiles. With one the result goes to `out`,
+  // in out_dtype; with more, share s writes its fp32 sums at partials + s · columns · rank, in
+  // out's layout, and ReducePartials adds them.
+  int splits = 1;
+  float* partials = nullptr;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+};
+
+// RankDown on dy (g) and RankGrad on dy (dB) by one read of dy. Share s of the rows writes its sums
+// of dB at grad.partials + s · columns · rank.
+struct RankDownGrad {
+  RankDown down;
+  RankGrad grad;  // the same X as down's, no dropout
+};
+
+// out[i] = Σ_s partials[s · count + i], in the order of s, for up to two outputs of one launch.
+struct Partials {
+  const float* partials = nullptr;
+  int splits = 0;
+  int64_t count = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+};
+struct ReducePartials {
+  std::array<Partials, 2> outputs;
+  int used = 0;
+};
+
+}  // namespace fused_lora::kernels
