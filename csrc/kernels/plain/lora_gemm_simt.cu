@@ -1,0 +1,156 @@
+// out = mask ∘ (low · factor) · scale + X · W + bias
+//
+//     X: rows×depth   W: depth×columns   low: rows×rank   factor: rank×columns   out: rows×columns
+//
+// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask. X, W, bias and out in T at any
+// strides, out dense; low in the rank dtype, dense; factor in T or fp32, for kHalf rounded to T on
+// the way. Products and sums in fp32.
+//
+// The two products have sums of their own: a sum that began with the low-rank product, which may be
+// large beside the terms of the frozen one, would round each of these to its own magnitude. The
+// low-rank product comes last, so that only its short loop has both sums in registers. The blocks
+// are numbered in x, which alone admits more than 65535, the rows fastest: blocks that run at the
+// same time share columns of W.
+#include "kernels/plain/launch.cuh"
+#include "kernels/plain/plain.h"
+#include "kernels/plain/product.cuh"
+
+namespace fused_lora::kernels {
+namespace plain {
+namespace {
+
+struct LoraGemmParams {
+  int64_t rows, depth, columns, rank;
+  MatrixView x, weight, factor;
+  const void* low;
+  DType low_dtype, factor_dtype;
+  bool half;  // factor is rounded to T
+  const void* bias;
+  Dropout dropout;
+  void* out;
+};
+
+// Sums of kept columns times the scale, the others zero. A Philox call decides eight columns, two
+// lanes' chunks: the lanes of a pair draw for every second row and exchange.
+template <typename Tile>
+__device__ __forceinline__ void drop(Product<Tile>& product, const Dropout& dropout,
+                                     int64_t first_row, int64_t first_column) {
+  const DropoutAlong<Axis::kDepth> rule(dropout);
+  const int odd = static_cast<int>(threadIdx.x) & 1;
+#pragma unroll
+  for (int i = 0; i < Tile::kPatch; i += 2) {
+#pragma unroll
+    for (int chunk = 0; chunk < Product<Tile>::kChunks; ++chunk) {
+      const int64_t column = first_column + product.column(chunk);
+      const uint32_t drawn = rule.kept(first_row + product.row(i + odd), column / kLanes);
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, drawn, 1);
+      const uint32_t kept[2] = {odd ? other : drawn, odd ? drawn : other};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& sum = product.sums[i + k][4 * chunk + j];
+          sum = (kept[k] >> (4 * odd + j)) & 1 ? sum * dropout.scale : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(kThreads, Tile::kBlocks)
+    lora_gemm_kernel(const LoraGemmParams p) {
+  __shared__ __align__(16) float shared[Tile::kSharedFloats];
+  const int64_t row_tiles = (p.rows + Tile::kRows - 1) / Tile::kRows;
+  const int64_t row = blockIdx.x % row_tiles * Tile::kRows;
+  const int64_t column = blockIdx.x / row_tiles * Tile::kColumns;
+
+  Product<Tile> product(shared);
+  {
+    Operand<Tile::kRows, Tile::kDepth, Elements<T>> x(
+        Elements<T>(p.x.data), {p.x.row_stride, p.x.column_stride, row, p.rows - row, 0});
+    Operand<Tile::kColumns, Tile::kDepth, Elements<T>> weight(
+        Elements<T>(p.weight.data),
+        {p.weight.column_stride, p.weight.row_stride, column, p.columns - column, 0});
+    product.accumulate(x, weight, p.depth);
+  }
+  {
+    Operand<Tile::kRows, Tile::kDepth, AdapterElements<T>> low(
+        AdapterElements<T>(p.low, p.low_dtype, false), {p.rank, 1, row, p.rows - row, 0});
+    Operand<Tile::kColumns, Tile::kDepth, AdapterElements<T>> factor(
+        AdapterElements<T>(p.factor.data, p.factor_dtype, p.half),
+        {p.factor.column_stride, p.factor.row_stride, column, p.columns - column, 0});
+    Product<Tile> delta(shared);
+    delta.accumulate(low, factor, p.rank);
+    if (p.dropout.active()) {
+      delta.add_slices();
+      if (delta.holds_sums()) drop(delta, p.dropout, row, column);
+    }
+    product.add(delta);
+  }
+  product.add_slices();
+  if (!product.holds_sums()) return;
+
+  auto* out = static_cast<T*>(p.out);
+  const auto* bias = static_cast<const T*>(p.bias);
+  const bool quads = takes_quads(out, p.columns);
+#pragma unroll
+  for (int chunk = 0; chunk < Product<Tile>::kChunks; ++chunk) {
+    const int64_t first = column + product.column(chunk);
+    float added[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      added[j] = bias != nullptr && first + j < p.columns ? to_float(bias[first + j]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kPatch; ++i) {
+      const int64_t at = row + product.row(i);
+      const float* sums = product.sums[i] + 4 * chunk;
+      if (at < p.rows) {
+        store_four(
+            out + at * p.columns, first, p.columns, quads,
+            {sums[0] + added[0], sums[1] + added[1], sums[2] + added[2], sums[3] + added[3]});
+      }
+    }
+  }
+}
+
+template <typename T, typename Tile>
+cudaError_t launch(const LoraGemm& stage, cudaStream_t stream) {
+  const LoraGemmParams params = {stage.rows,
+                                 stage.depth,
+                                 stage.columns,
+                                 stage.rank,
+                                 stage.x,
+                                 stage.weight,
+                                 stage.factor,
+                                 stage.low,
+                                 rank_dtype(stage.arithmetic, stage.dtype),
+                                 stage.factor_dtype,
+                                 stage.arithmetic == Arithmetic::kHalf,
+                                 stage.bias,
+                                 stage.dropout,
+                                 stage.out};
+  const auto blocks = static_cast<unsigned>(tiles<Tile>(stage.rows, stage.columns));
+  lora_gemm_kernel<T, Tile><<<blocks, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace plain
+
+cudaError_t launch_plain_lora_gemm(const LoraGemm& stage, cudaStream_t stream) {
+  using namespace plain;
+  const int64_t rows = stage.rows, columns = stage.columns;
+  if (rows == 0 || columns == 0) return cudaSuccess;
+  return with_type(stage.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (tiles<WideTile>(rows, columns) >= kManyBlocks) return launch<T, WideTile>(stage, stream);
+    if (rows > LowTile::kRows && tiles<SquareTile>(rows, columns) >= kManyBlocks) {
+      return launch<T, SquareTile>(stage, stream);
+    }
+    return launch<T, LowTile>(stage, stream);
+  });
+}
+
+}  // namespace fused_lora::kernels
