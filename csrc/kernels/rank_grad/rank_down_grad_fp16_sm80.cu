@@ -1,0 +1,10 @@
+#include "kernels/rank_grad/rank_down_grad_launch.cuh"
+#include "kernels/rank_grad/rank_grad_sm80.h"
+
+namespace fused_lora::kernels {
+
+cudaError_t launch_rank_down_grad_fp16_sm80(const RankDownGrad& stage, cudaStream_t stream) {
+  return rank_grad::launch_down_grad_half<fp16>(stage, stream);
+}
+
+}  // namespace fused_lora::kernels

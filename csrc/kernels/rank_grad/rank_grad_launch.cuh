@@ -1,0 +1,78 @@
+// From stages to a launch of rank_grad.cuh's kernel.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/alignment.h"
+#include "kernels/rank_grad/rank_grad.cuh"
+
+namespace fused_lora::kernels::rank_grad {
+
+template <typename Traits>
+GradParams grad_params(const RankGrad& stage) {
+  using T = typename Traits::T;
+  GradParams p{};
+  p.x = stage.x.data;
+  p.x_pitch = stage.x.row_stride * static_cast<int64_t>(sizeof(T));
+  p.low = {stage.low, static_cast<int>(stage.rank),
+           thin_unit(stage.low, stage.rank, sizeof(typename Traits::Low))};
+  p.rows = stage.rows;
+  p.columns = stage.columns;
+  p.alpha = stage.alpha;
+  p.dropout = stage.dropout;
+  p.transposed = stage.transposed;
+  p.splits = stage.splits;
+  p.row_tiles = ceil_div(stage.rows, Traits::kRows);
+  p.tiles_per_split = ceil_div(p.row_tiles, stage.splits);
+  p.column_tiles = static_cast<int>(ceil_div(stage.columns, Traits::kColumns));
+  p.rank_tiles = static_cast<int>(ceil_div(stage.rank, Traits::kRanks));
+  p.out = stage.splits > 1 ? stage.partials : stage.out;
+  p.out_dtype = stage.out_dtype;
+  return p;
+}
+
+inline int64_t blocks_of(const GradParams& p) {
+  return static_cast<int64_t>(p.splits) * p.column_tiles * p.rank_tiles;
+}
+
+template <typename Traits>
+cudaError_t launch_traits(const RankGrad* stages, int count, cudaStream_t stream) {
+  LaunchParams params{};
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    params.stages[i] = grad_params<Traits>(stages[i]);
+    params.second_begins = i == 0 ? INT32_MAX : static_cast<int>(blocks);
+    blocks += blocks_of(params.stages[i]);
+    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  }
+  if (blocks == 0) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  kernel<Traits><<<static_cast<unsigned>(blocks), kThreads, Traits::kSharedBytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+template <typename T, Arithmetic kArithmetic>
+cudaError_t launch_ranks(const RankGrad* stages, int count, cudaStream_t stream) {
+  int64_t rank = stages[0].rank;
+  for (int i = 1; i < count; ++i) rank = std::max(rank, stages[i].rank);
+  switch (rank_tile(rank)) {
+    case 16:
+      return launch_traits<GradTraits<T, kArithmetic, 16>>(stages, count, stream);
+    case 32:
+      return launch_traits<GradTraits<T, kArithmetic, 32>>(stages, count, stream);
+    default:
+      return launch_traits<GradTraits<T, kArithmetic, 64>>(stages, count, stream);
+  }
+}
+
+// T: bf16 or fp16.
+template <typename T>
+cudaError_t launch_half(const RankGrad* stages, int count, cudaStream_t stream) {
+  return stages[0].arithmetic == Arithmetic::kHalf
+             ? launch_ranks<T, Arithmetic::kHalf>(stages, count, stream)
+             : launch_ranks<T, Arithmetic::kHalfMasters>(stages, count, stream);
+}
+
+}  // namespace fused_lora::kernels::rank_grad
