@@ -1,0 +1,253 @@
+// The frozen GEMM with the low-rank product in the same accumulators, sm_80 and newer (mma.sync,
+// ldmatrix, cp.async):
+//
+//     out = mask ∘ (low · factor) · scale + X · W + bias
+//
+//     forward     out = y    low = h (M×r)   factor = Bᵀ   X = x  (M×K)   W: K×N
+//     backward    out = dx   low = g (M×r)   factor = A    X = dy (M×N)   W: N×K, x's mask
+//
+// To the main loop the rank is more tiles of the reduction, read through another pair of pointers.
+// They come first: the mask of backward multiplies the accumulators between them and X's tiles. The
+// low-rank operands are zero-padded to whole tiles (stages.h), so that they need no edge of their
+// own.
+//
+// Layouts. X and low: rows, depth contiguous. W and factor: columns × depth with the depth
+// contiguous (nn.Linear forward, Conv1D backward), or depth × columns (nn.Linear backward, Conv1D
+// forward); the two differ in how a tile is copied and in ldmatrix's .trans. Rows begin at
+// multiples of 16 bytes.
+//
+// Shared memory, for the large tile in 16 bits, swizzled (tile/swizzle.cuh):
+//
+//     main loop   3 stages × (X 128 × 64 bytes, W 128 × 64 bytes)    48 KiB
+//     epilogue    a warp: 16 rows × 64 elements of out, 4 warps       8 KiB of the same
+//
+// The main loop holds the sums of a 64×64 warp tile in 128 registers and two steps' fragments in
+// 64, one being multiplied while the other is loaded. It has no branch but its own and no
+// predicate: rows and columns beyond the matrix are clamped (what they add is never stored), and
+// the last tile of the reduction, the only one that may be ragged, is left to a loop of its own
+// behind it.
+#pragma once
+
+#include "kernels/lora_gemm/epilogue.cuh"
+#include "kernels/lora_gemm/fragments.cuh"
+#include "kernels/lora_gemm/params.h"
+#include "kernels/ptx/shared_address.cuh"
+#include "kernels/tile/dropout.cuh"
+
+namespace fused_lora::kernels::lora_gemm {
+
+// Tiles of the output in the order of CTAs: a few rows of tiles at a time, column by column, so
+// that the CTAs that run together share X's and W's tiles in L2. Made of shifts, so that it can be
+// made anew wherever it is needed: kept, it would take the main loop's registers.
+struct TilePosition {
+  int row, column;
+
+  __device__ explicit TilePosition(const Params& p) {
+    const int x = ptx::block_x();
+    row = (ptx::block_y() << p.group_shift) + (x & ((1 << p.group_shift) - 1));
+    column = x >> p.group_shift;
+  }
+};
+
+template <typename Traits>
+class Block {
+  static constexpr Tile kTile = Traits::kTile;
+  static constexpr int kColumnRowBytes =
+      Traits::kDepthContiguous ? kPackedTileBytes : kTile.columns * Traits::kElementBytes;
+  using RowShape = CopyShape<kTile.rows, kPackedTileBytes, Traits::kThreads>;
+  using ColumnShape = CopyShape<Traits::kDepthContiguous ? kTile.columns : Traits::kDepth,
+                                kColumnRowBytes, Traits::kThreads>;
+  static constexpr int kRowTileBytes = kTile.rows * kPackedTileBytes;
+
+  using ColumnCopies = std::conditional_t<Traits::kDepthContiguous, RowCopies<ColumnShape>,
+                                          DepthCopies<ColumnShape>>;
+
+ public:
+  __device__ Block(const Params& p, uint32_t shared)
+      : p_(p),
+        main_tiles_((p.depth + Traits::kDepth - 1) / Traits::kDepth),
+        shared_(shared),
+        row_offsets_(warp_row()),
+        column_offsets_(warp_column()) {
+    const int row = RowShape::row(), column = ColumnShape::row();
+    row_to_ = shared + swizzled<kPackedTileBytes>(row, RowShape::chunk());
+    if constexpr (Traits::kDepthContiguous) {
+      column_to_ =
+          shared + kRowTileBytes + swizzled<kPackedTileBytes>(column, ColumnShape::chunk());
+    } else {
+      column_to_ =
+          shared + kRowTileBytes + column_tile_offset<Traits>(column, ColumnShape::chunk());
+    }
+  }
+
+  __device__ void run() {
+    const int tiles = p_.rank_tiles + main_tiles_;
+#pragma unroll 1
+    for (int tile = 0; tile < kTile.stages - 1; ++tile) {
+      copy_any(tile, tiles);
+      ptx::cp_async_commit();
+      advance(write_);
+    }
+    ptx::cp_async_wait<kTile.stages - 2>();
+    __syncthreads();
+    load(0, 0);
+
+    int tile = 0;
+#pragma unroll 1
+    for (; tile < p_.rank_tiles; ++tile) {
+      multiply_tile<typename Traits::Packed>([&] { copy_any(tile + kTile.stages - 1, tiles); });
+    }
+    if (p_.dropout.active()) {
+      mask();
+      load(0, 0);  // again: the registers of the first fragments are the mask's meanwhile
+    }
+    // The main loop: each copy is a whole tile of X and W.
+    Copies copies;
+    begin(copies, false, tile + kTile.stages - 1 - p_.rank_tiles);
+    const int64_t column_pitch = column_tile_pitch(p_.weight_pitch);
+#pragma unroll 1
+    for (int left = tiles - kTile.stages - tile; left > 0; --left, ++tile) {
+      multiply_tile<typename Traits::T>([&] {
+        copies.rows.copy(row_to_ + write_);
+        copies.columns.copy(column_to_ + write_);
+        copies.rows.from += kPackedTileBytes;
+        copies.columns.from += column_pitch;
+      });
+    }
+#pragma unroll 1
+    for (; tile < tiles; ++tile) {
+      multiply_tile<typename Traits::T>([&] { copy_any(tile + kTile.stages - 1, tiles); });
+    }
+    store();
+  }
+
+ private:
+  __device__ static int warp() { return ptx::thread_x() / 32; }
+  __device__ static int warp_row() { return Traits::warp_row(warp()); }
+  __device__ static int warp_column() { return Traits::warp_column(warp()); }
+
+  // Tile `tile` of X and W, or of the low-rank operands.
+  struct Copies {
+    RowCopies<RowShape> rows;
+    ColumnCopies columns;
+  };
+  __device__ void begin(Copies& copies, bool low_rank, int tile) const {
+    const TilePosition position(p_);
+    const int first_column = position.column * kTile.columns;
+    copies.rows.begin(low_rank ? p_.low : p_.x, low_rank ? p_.low_pitch : p_.x_pitch,
+                      position.row * kTile.rows, p_.rows);
+    copies.rows.from += static_cast<int64_t>(tile) * kPackedTileBytes;
+    const void* data = low_rank ? p_.factor : p_.weight;
+    const int64_t pitch = low_rank ? p_.factor_pitch : p_.weight_pitch;
+    if constexpr (Traits::kDepthContiguous) {
+      copies.columns.begin(data, pitch, first_column, p_.columns);
+    } else {
+      constexpr int kElements = kChunkBytes / Traits::kElementBytes;
+      copies.columns.begin(data, pitch, first_column / kElements, p_.columns / kElements);
+    }
+    copies.columns.from += tile * column_tile_pitch(pitch);
+  }
+  // From one tile of the reduction to the next, in the storage of W or factor.
+  __device__ static int64_t column_tile_pitch(int64_t pitch) {
+    return Traits::kDepthContiguous ? kPackedTileBytes : Traits::kDepth * pitch;
+  }
+
+  // The copies of one tile of the reduction, whichever it is; none beyond the last. Their addresses
+  // are made anew each time: kept, they would take the main loop's registers.
+  __device__ void copy_any(int tile, int tiles) const {
+    if (tile >= tiles) return;
+    const bool low_rank = tile < p_.rank_tiles;
+    const int main_tile = tile - p_.rank_tiles;
+    const int left = low_rank ? Traits::kDepth : p_.depth - main_tile * Traits::kDepth;
+    Copies copies;
+    begin(copies, low_rank, low_rank ? tile : main_tile);
+    copies.rows.copy_part(row_to_ + write_, left * Traits::kElementBytes);
+    copies.columns.copy_part(column_to_ + write_,
+                             Traits::kDepthContiguous ? left * Traits::kElementBytes : left);
+  }
+
+  __device__ void load(int buffer, int step) {
+    row_offsets_.load(fragments_[buffer].a, shared_ + read_, step);
+    column_offsets_.load(fragments_[buffer].b, shared_ + read_ + kRowTileBytes, step);
+  }
+
+  // Multiplies a tile whose first step is in fragments_[0] already, and leaves the next one's
+  // there. `copy` fills the stage that the tile before this one was read from: every warp has
+  // passed the barrier behind its last read of it.
+  template <typename Element, typename Copy>
+  __device__ void multiply_tile(const Copy& copy) {
+    load(1, 1);
+    copy();
+    ptx::cp_async_commit();
+    advance(write_);
+    multiply<Element, Traits>(sums_, fragments_[0]);
+    ptx::cp_async_wait<kTile.stages - 2>();
+    __syncthreads();
+    advance(read_);
+    load(0, 0);
+    multiply<Element, Traits>(sums_, fragments_[1]);
+  }
+
+  __device__ static void advance(uint32_t& stage) {
+    constexpr uint32_t kLast = (kTile.stages - 1) * Traits::kStageBytes;
+    stage = stage == kLast ? 0 : stage + Traits::kStageBytes;
+  }
+
+  // The rank's tiles are in sums_ and nothing else: what x's mask dropped they must not reach.
+  __device__ void mask() {
+    const DropoutKey key = dropout_key(p_.dropout);
+    const TilePosition position(p_);
+    const uint64_t row = position.row * kTile.rows + warp_row() + lane() / 4;
+    const uint64_t block = (position.column * kTile.columns + warp_column()) / kLanes;
+#pragma unroll
+    for (int i = 0; i < Traits::kRowFragments; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kColumnFragments; j += 2) {
+        const uint4 words = quad_words(key, row + 16 * i, block + j);
+        apply(sums_[i][j][0], sums_[i][j][1], words.x);
+        apply(sums_[i][j][2], sums_[i][j][3], words.y);
+        apply(sums_[i][j + 1][0], sums_[i][j + 1][1], words.z);
+        apply(sums_[i][j + 1][2], sums_[i][j + 1][3], words.w);
+      }
+    }
+  }
+  __device__ void apply(float& low, float& high, uint32_t word) const {
+    low = (word & 0xffffu) < p_.dropout.keep ? low * p_.dropout.scale : 0.0f;
+    high = (word >> 16) < p_.dropout.keep ? high * p_.dropout.scale : 0.0f;
+  }
+
+  __device__ void store() {
+    const TilePosition position(p_);
+    const Output to = {p_.out,
+                       p_.bias,
+                       p_.rows,
+                       p_.columns,
+                       position.row * kTile.rows + warp_row(),
+                       position.column * kTile.columns + warp_column()};
+    __syncthreads();  // the stages have been read, and no copy is under way
+    Epilogue<Traits>::store(sums_, to, shared_ + warp() * Epilogue<Traits>::kWarpBytes);
+  }
+  __device__ static int lane() { return ptx::thread_x() % 32; }
+
+  const Params& p_;
+  const int main_tiles_;
+  const uint32_t shared_;
+  uint32_t row_to_, column_to_;    // where this thread's first chunk goes in stage 0
+  uint32_t write_ = 0, read_ = 0;  // stages, as offsets
+  RowFragmentOffsets<Traits> row_offsets_;
+  ColumnFragmentOffsets<Traits> column_offsets_;
+  Fragments<Traits> fragments_[Traits::kSteps];
+  Accumulators<Traits> sums_ = {};
+};
+
+// Grid: tiles of columns << group_shift, groups of rows of tiles. Traits::kThreads threads.
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kTile.ctas)
+    kernel(const __grid_constant__ Params params) {
+  extern __shared__ __align__(128) char shared[];
+  // The last group may have fewer rows of tiles.
+  if (TilePosition(params).row * Traits::kTile.rows >= params.rows) return;
+  Block<Traits>(params, ptx::shared_address(shared)).run();
+}
+
+}  // namespace fused_lora::kernels::lora_gemm

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "kernels/lora_gemm/tile_table.h"
+
+namespace fused_lora::kernels {
+
+// Why the tensor-core kernel cannot take this stage; null where it can. Looks at x, weight and
+// out's shapes, strides and alignment, not at the packed operands, which the plan places.
+const char* lora_gemm_obstacle(const LoraGemm& stage);
+
+// Which of its storage's dimensions W's reduction is: the contiguous one, or the rows.
+bool lora_gemm_depth_contiguous(const LoraGemm& stage);
+
+// One launch. The stage has no obstacle.
+cudaError_t launch_lora_gemm(const LoraGemm& stage, lora_gemm::TileName tile, cudaStream_t stream);
+
+}  // namespace fused_lora::kernels

@@ -1,0 +1,10 @@
+#include "kernels/lora_gemm/launch.cuh"
+
+namespace fused_lora::kernels::lora_gemm {
+
+cudaError_t launch_bf16(const Params& params, TileName tile, bool depth_contiguous,
+                        cudaStream_t stream) {
+  return launch<bf16, bf16>(params, tile, depth_contiguous, stream);
+}
+
+}  // namespace fused_lora::kernels::lora_gemm

@@ -1,0 +1,20 @@
+// What a lora_gemm kernel is launched with, for host and device.
+#pragma once
+
+#include "kernels/lora_linear.h"
+
+namespace fused_lora::kernels::lora_gemm {
+
+// Pitches are bytes from one row of a storage to the next.
+struct Params {
+  const void *x, *weight, *low, *factor;
+  int64_t x_pitch, weight_pitch, low_pitch, factor_pitch;
+  const void* bias;  // columns, or null
+  void* out;         // rows×columns, dense
+  int rows, columns, depth;
+  int rank_tiles;   // of the packed operands' depth
+  int group_shift;  // 2^group_shift rows of tiles run together
+  Dropout dropout;
+};
+
+}  // namespace fused_lora::kernels::lora_gemm
