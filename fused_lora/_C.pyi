@@ -1,3 +1,6 @@
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 def lora_linear(
@@ -11,5 +14,26 @@ def lora_linear(
     seed: Tensor | None,
     round_adapters: bool,
 ) -> Tensor: ...
+def set_path(name: str) -> None: ...
 def clear_cast_cache() -> None: ...
 def build_facts() -> dict[str, str]: ...
+
+# In a CUDA build alone:
+def set_policy(
+    decide: Callable[[int, str, bool, Callable[[], tuple[float, float] | None] | None], str],
+) -> None: ...
+def forget_choices() -> None: ...
+def device_figures(index: int) -> tuple[int, int, int]: ...
+def explain_shape(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    round_adapters: bool,
+    bias: bool,
+    dropout: bool,
+    weight_transposed: bool,
+    figures: tuple[int, int, int],
+) -> dict[str, tuple[str, str, bool]]: ...

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from fused_lora._version import __version__
 from fused_lora.binary import FusedLoRAWarning
+from fused_lora.choices import share_choices
+from fused_lora.explanation import explain
 from fused_lora.files import AdapterFileError, load_adapter, save_adapter
 from fused_lora.layer import LoRALinear, LoRASettings
 from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear
-from fused_lora.paths import explain, use_path
+from fused_lora.paths import use_path
 from fused_lora.report import Report
 from fused_lora.swap import add_lora, disabled, merge, remove_lora, set_adapter, unmerge
 
@@ -30,6 +32,7 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "set_adapter",
+    "share_choices",
     "unfuse",
     "unmerge",
     "use_path",

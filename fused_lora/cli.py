@@ -15,6 +15,7 @@ from torch import nn
 from fused_lora import paths
 from fused_lora._version import __version__
 from fused_lora.binary import BINARY
+from fused_lora.explanation import explain
 from fused_lora.layer import LoRASettings
 from fused_lora.swap import add_lora, remove_lora
 from fused_lora.targets import ROLES, inventory
@@ -60,7 +61,7 @@ def info() -> str:
             if device == "cuda" and not torch.cuda.is_available():
                 problem = "no GPU is available"
             rows.append((f"path: {path} on {device}", problem or "available"))
-    rows.append(("a call on cpu takes", paths.explain("cpu")))
+    rows += [(f"a call on {device} takes", explain(device)) for device in ("cpu", "cuda")]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

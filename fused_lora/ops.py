@@ -57,7 +57,7 @@ def lora_linear(
         seed_tensor = seed_on(x.device, seed)
     else:
         dropout_p, seed_tensor = 0.0, None
-    if paths.choose(x.device.type) == "reference":
+    if paths.choose(x.device.type, x.device.index) == "reference":
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
         )
@@ -99,7 +99,7 @@ def dropout_mask(
     An int seed means the CPU. The offsets draw a part of a larger mask (a shard's rows or columns).
     """
     seed_tensor = seed if isinstance(seed, Tensor) else seed_on(torch.device("cpu"), seed)
-    if paths.choose(seed_tensor.device.type) == "reference":
+    if not paths.compiled(seed_tensor.device.type, seed_tensor.device.index):
         check_mask_arguments(seed_tensor, rows, columns, p, row_offset, column_offset)
         mask = reference.dropout_mask(
             seed_tensor, rows, columns, p, row_offset=row_offset, column_offset=column_offset

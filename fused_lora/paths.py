@@ -1,14 +1,17 @@
 """Which implementation computes a call: one op, several paths.
 
+fused       hand-written kernels, forward and backward (CUDA)
 composed    torch's own GEMMs, the low-rank product accumulated in place (C++, fused_lora._C)
 reference   the equation in plain torch (fused_lora.reference)
-auto        the first of these that can serve the device
+auto        on CUDA fused or composed, whichever is faster for the shape (fused_lora.choices); on the CPU
+            composed; reference where there is nothing else
 
 A path asked for by name either serves or raises; only "auto" may choose.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,13 +19,15 @@ from contextlib import contextmanager
 
 import torch
 
+from fused_lora import choices
 from fused_lora.binary import BINARY, FusedLoRAWarning
 
-PATHS = ("auto", "composed", "reference")
+PATHS = ("auto", "fused", "composed", "reference")
 VARIABLE = "FUSED_LORA_PATH"
 
-# Devices that the compiled ops have implementations for. "meta" is the fakes'.
+# Devices that the compiled ops have implementations for in every build. "meta" is the fakes'.
 _COMPILED_DEVICES = ("cpu", "meta")
+LEAST_CAPABILITY = 80  # 8.0, of the kernels' instructions
 
 
 def _checked(name: str, source: str) -> str:
@@ -31,36 +36,87 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def _tell_compiled(name: str) -> None:
+    """The ops themselves choose between fused and composed, so that traced graphs follow as well."""
+    if BINARY.module is not None:
+        BINARY.module.set_path(name)
+
+
 _asked = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 _warned: set[str] = set()
+_tell_compiled(_asked)
+if BINARY.module is not None and hasattr(BINARY.module, "set_policy"):
+    BINARY.module.set_policy(choices.decide)
 
 
-def obstacle(path: str, device_type: str) -> str | None:
-    """Why a path cannot serve tensors of a device type; None where it can."""
+def asked() -> str:
+    """The path that is asked for at present."""
+    return _asked
+
+
+def obstacle(path: str, device_type: str, index: int | None = None) -> str | None:
+    """Why a path cannot serve tensors of a device; None where it can."""
     if path == "reference":
         return None
     if BINARY.problem is not None:
         return BINARY.problem
+    if device_type == "cuda":
+        if BINARY.facts.get("cuda") != "yes":
+            return (
+                f"fused_lora._C has no kernels for 'cuda' tensors in this build: {BINARY.facts.get('reason')}"
+            )
+        # Not while a graph is traced: there the op itself fails where it has to.
+        return None if torch.compiler.is_compiling() else _gpu_obstacle(index)
     if device_type not in _COMPILED_DEVICES:
         return f"fused_lora._C has no kernels for {device_type!r} tensors in this version"
+    if path == "fused" and device_type != "meta":
+        return f"there are no fused kernels for {device_type!r} tensors in this version"
     return None
 
 
-def choose(device_type: str) -> str:
-    """The path that serves tensors of a device type: "composed" or "reference"."""
+@functools.cache
+def _gpu_obstacle(index: int | None) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if index is None else index
+    assert BINARY.module is not None
+    try:
+        capability, *_ = BINARY.module.device_figures(index)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    if capability < LEAST_CAPABILITY:
+        have = f"{capability // 10}.{capability % 10}"
+        return f"the kernels need compute capability 8.0, and cuda:{index} has {have}"
+    return None
+
+
+def compiled(device_type: str, index: int | None = None) -> bool:
+    """Whether the compiled ops serve tensors of a device, by whichever path; else plain torch does."""
     if _asked == "reference":
-        return "reference"
-    problem = obstacle("composed", device_type)
+        return False
+    problem = obstacle("composed", device_type, index)
     if problem is None:
-        return "composed"
-    if _asked == "composed":
-        raise RuntimeError(f"path 'composed' was asked for, but {problem}")
+        return True
+    if _asked != "auto":
+        raise RuntimeError(f"path {_asked!r} was asked for, but {problem}")
     if device_type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device_type)
         warnings.warn(
             f"fused_lora computes in plain torch on {device_type}: {problem}", FusedLoRAWarning, stacklevel=3
         )
-    return "reference"
+    return False
+
+
+def choose(device_type: str, index: int | None = None) -> str:
+    """The path that serves tensors of a device: one of PATHS, "auto" where the op chooses for each shape."""
+    if not compiled(device_type, index):
+        return "reference"
+    if _asked == "auto":
+        return "auto" if device_type == "cuda" else "composed"
+    problem = obstacle(_asked, device_type, index)
+    if problem is not None:
+        raise RuntimeError(f"path {_asked!r} was asked for, but {problem}")
+    return _asked
 
 
 @contextmanager
@@ -68,19 +124,9 @@ def use_path(name: str) -> Iterator[None]:
     """Within this context every call, of every thread, takes the path `name` (one of PATHS)."""
     global _asked
     before, _asked = _asked, _checked(name, "path")
+    _tell_compiled(_asked)
     try:
         yield
     finally:
         _asked = before
-
-
-def explain(device: torch.device | str = "cpu") -> str:
-    """Which path a call on `device` takes now, and why, in one line."""
-    device_type = torch.device(device).type
-    if _asked != "auto":
-        problem = obstacle(_asked, device_type)
-        return f"{_asked}: asked for" + (f", but {problem}" if problem else "")
-    problem = obstacle("composed", device_type)
-    if problem is None:
-        return "composed: the fastest path that this version has for " + device_type
-    return f"reference: {problem}"
+        _tell_compiled(_asked)

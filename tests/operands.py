@@ -31,6 +31,13 @@ class Operands:
     def tensors(self) -> tuple[Any, Any, Any, Any, Any]:
         return self.x, self.weight, self.lora_a, self.lora_b, self.bias
 
+    def to(self, device: torch.device | str) -> Operands:
+        """The same numbers on another device, the seed among them."""
+        x, weight, lora_a, lora_b = (t.to(device) for t in self.tensors[:4])
+        bias = None if self.bias is None else self.bias.to(device)
+        options = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in self.options.items()}
+        return Operands(x, weight, lora_a, lora_b, bias, options)
+
     def double(self) -> Operands:
         x, weight, lora_a, lora_b = (t.detach().double() for t in self.tensors[:4])
         bias = None if self.bias is None else self.bias.detach().double()
@@ -100,7 +107,7 @@ def forward_and_backward(op, given: Operands, needs=("x", "lora_a", "lora_b"), d
         # Numbers that every dtype holds exactly, so that all sides are given the same dy.
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(BF16)
     wanted = [leaves[name] for name in needs]
-    gradients = torch.autograd.grad(y, wanted, dy.to(y.dtype)) if wanted else ()
+    gradients = torch.autograd.grad(y, wanted, dy.to(y.device, y.dtype)) if wanted else ()
     return y.detach(), dict(zip(needs, gradients, strict=True))
 
 

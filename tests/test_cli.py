@@ -50,9 +50,11 @@ def test_info_lists_versions_the_machine_the_build_and_the_paths(capsys):
     for fact, value in BINARY.facts.items():
         assert listed[f"build: {fact}"] == value
     for path in set(PATHS) - {"auto"}:
-        assert listed[f"path: {path} on cpu"] == "available"
+        no_kernels = "there are no fused kernels for 'cpu' tensors in this version"
+        assert listed[f"path: {path} on cpu"] == (no_kernels if path == "fused" else "available")
         assert f"path: {path} on cuda" in listed
-    assert listed["a call on cpu takes"] == fused_lora.explain("cpu")
+    for device in ("cpu", "cuda"):
+        assert listed[f"a call on {device} takes"] == fused_lora.explain(device)
 
 
 def test_info_says_why_a_gpu_is_not_used(capsys, monkeypatch):

@@ -51,11 +51,11 @@ def test_use_path_ends_with_its_context_and_reaches_other_threads():
 
 
 def test_an_unknown_path_is_an_error():
-    message = "path must be one of auto, composed, reference, got 'fast'"
+    message = "path must be one of auto, fused, composed, reference, got 'fast'"
     with pytest.raises(ValueError, match=message), fused_lora.use_path("fast"):
         pass
     done = run("import fused_lora", FUSED_LORA_PATH="fast")
-    assert "FUSED_LORA_PATH must be one of auto, composed, reference, got 'fast'" in done.stderr
+    assert "FUSED_LORA_PATH must be one of auto, fused, composed, reference, got 'fast'" in done.stderr
 
 
 def test_the_environment_variable_chooses():
@@ -74,6 +74,76 @@ def test_auto_warns_once_a_device_and_serves_where_no_kernel_does(monkeypatch):
 def test_a_path_that_cannot_serve_is_an_error_where_it_is_asked_for_by_name():
     with fused_lora.use_path("composed"), pytest.raises(RuntimeError, match="'composed' was asked for, but"):
         paths.choose("xpu")
+
+
+@pytest.mark.parametrize("op", [lora_linear, torch.ops.fused_lora.lora_linear])
+def test_fused_never_falls_through_to_another_path(op):
+    given = operands()
+    leaves = [t.requires_grad_() for t in given.tensors]
+    y = op(*leaves)
+    message = "path 'fused' was asked for, but there are no fused kernels for '?cpu'? tensors"
+    with fused_lora.use_path("fused"):
+        assert fused_lora.explain().startswith("fused: asked for, but there are no fused kernels")
+        with pytest.raises(RuntimeError, match=message):
+            op(*leaves)
+        with pytest.raises(RuntimeError, match=message):
+            y.sum().backward()
+        assert fused_lora.dropout_mask(1, 2, 3, 0.5).shape == (2, 3)  # no path has another mask
+    op(*leaves).sum().backward()
+
+
+class OldGPU:
+    """The binary of a CUDA build, on a GPU that its kernels do not know."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def set_path(self, name):
+        pass
+
+    def device_figures(self, index):
+        if isinstance(self.answer, str):
+            raise RuntimeError(self.answer)
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ((75, 40, 64 << 10), "the kernels need compute capability 8.0, and cuda:0 has 7.5"),
+        ("lora_linear: cudaErrorNoKernelImageForDevice\nand more", "cudaErrorNoKernelImageForDevice$"),
+        ((80, 108, 163 << 10), None),
+    ],
+)
+def test_a_gpu_that_the_kernels_do_not_know_is_found_before_the_first_launch(monkeypatch, answer, problem):
+    monkeypatch.setattr(paths, "BINARY", binary.Binary(OldGPU(answer), {"cuda": "yes"}, None))
+    monkeypatch.setattr(paths, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    paths._gpu_obstacle.cache_clear()
+    try:
+        if problem is None:
+            assert paths.choose("cuda", 0) == "auto"
+            return
+        with pytest.warns(fused_lora.FusedLoRAWarning, match=problem):
+            assert paths.choose("cuda", 0) == "reference"
+        for path in ("fused", "composed"):
+            with fused_lora.use_path(path), pytest.raises(RuntimeError, match=problem):
+                paths.choose("cuda", 0)
+    finally:
+        paths._gpu_obstacle.cache_clear()
+
+
+def test_a_build_without_cuda_says_so_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(
+        paths, "BINARY", binary.Binary(OldGPU(""), {"cuda": "no", "reason": "no toolkit"}, None)
+    )
+    assert paths.obstacle("fused", "cuda").endswith("no kernels for 'cuda' tensors in this build: no toolkit")
+
+
+def test_fused_from_the_environment():
+    code = "import torch, fused_lora as f; t = torch.ones(2, 2); f.lora_linear(t, t, t, t)"
+    done = run(code, FUSED_LORA_PATH="fused")
+    assert "RuntimeError: path 'fused' was asked for, but" in done.stderr
 
 
 WITHOUT_BINARY = """

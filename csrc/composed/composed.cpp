@@ -14,10 +14,11 @@ namespace {
 at::Tensor rank_down(const Rows& rows, const at::Tensor& factor, double alpha) {
   at::Tensor out = at::empty({rows.count(), factor.size(0)}, factor.options());
   const at::Tensor transposed = factor.t();
-  for_each_row_block(rows.count(), rows.columns(), rows.as_it_lies(), [&](int64_t row, int64_t n) {
+  const auto block = [&](int64_t row, int64_t n) {
     at::Tensor part = n == rows.count() ? out : out.narrow(0, row, n);
     at::addmm_out(part, part, rows.block(row, n), transposed, /*beta=*/0, alpha * rows.scale());
-  });
+  };
+  for_each_row_block(rows.device(), rows.count(), rows.columns(), rows.as_it_lies(), block);
   return out;
 }
 
@@ -31,7 +32,7 @@ void accumulate_rank_up(const at::Tensor& into, const at::Tensor& low, const at:
     into.addmm_(low, factor);
     return;
   }
-  for_each_row_block(m, columns, /*whole=*/false, [&](int64_t row, int64_t n) {
+  for_each_row_block(into.device(), m, columns, /*whole=*/false, [&](int64_t row, int64_t n) {
     at::Tensor delta = at::mm(low.narrow(0, row, n), factor);
     if (masked) delta.mul_(dropout->mask(row, n, columns, delta.scalar_type()));
     into.narrow(0, row, n).add_(delta, masked ? dropout->scale : 1.0);
@@ -49,9 +50,10 @@ at::Tensor rank_grad(const Rows& left, const Rows& right, at::ScalarType dtype) 
   at::Tensor sum = at::zeros({left.columns(), right.columns()}, left.options().dtype(wide));
   const int64_t longest = std::max(left.columns(), right.columns());
   const double scale = left.scale() * right.scale();
-  for_each_row_block(left.count(), longest, /*whole=*/false, [&](int64_t row, int64_t n) {
+  const auto add = [&](int64_t row, int64_t n) {
     sum.add_(at::mm(left.block(row, n).t(), right.block(row, n)), scale);
-  });
+  };
+  for_each_row_block(left.device(), left.count(), longest, /*whole=*/false, add);
   return sum.to(dtype);
 }
 

@@ -41,12 +41,19 @@ struct Dropout {
   }
 };
 
+// Elements of a block of rows whose transient copy is made. On the CPU it stays in a core's cache:
+// 1 MiB in fp32. A GPU wants as few launches as may be: 64 MiB.
+inline int64_t block_elements(const at::Device& device) {
+  return device.is_cpu() ? int64_t{1} << 18 : int64_t{1} << 24;
+}
+
 // Calls body(row, rows) for consecutive blocks of an M×columns operand: one block where the operand
-// is read as it lies (`whole`), else blocks whose transient copy stays in a core's cache.
+// is read as it lies (`whole`), else blocks of the size above.
 template <typename Body>
-void for_each_row_block(int64_t m, int64_t columns, bool whole, const Body& body) {
-  constexpr int64_t kBlockElements = 1 << 18;  // 1 MiB in fp32
-  const int64_t fitting = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, columns));
+void for_each_row_block(const at::Device& device, int64_t m, int64_t columns, bool whole,
+                        const Body& body) {
+  const int64_t elements = block_elements(device);
+  const int64_t fitting = std::max<int64_t>(1, elements / std::max<int64_t>(1, columns));
   const int64_t block = whole ? std::max<int64_t>(1, m) : fitting;
   for (int64_t row = 0; row < m; row += block) {
     body(row, std::min(block, m - row));
@@ -64,6 +71,7 @@ class Rows {
   int64_t count() const { return matrix_.size(0); }
   int64_t columns() const { return matrix_.size(1); }
   at::ScalarType dtype() const { return dtype_; }
+  at::Device device() const { return matrix_.device(); }
   at::TensorOptions options() const { return matrix_.options(); }
   double scale() const { return dropout_ ? dropout_->scale : 1.0; }
   bool as_it_lies() const { return matrix_.scalar_type() == dtype_ && !dropout_; }

@@ -3,6 +3,7 @@
 
 #include "torch/cast_cache.h"
 #include "torch/ops.h"
+#include "torch/registration.h"
 
 namespace fused_lora {
 namespace {
@@ -41,11 +42,11 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_lora, AutocastCPU, m) {
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, AutocastCPU, m) {
   m.impl("lora_linear", &autocast<c10::DeviceType::CPU>);
 }
 
-TORCH_LIBRARY_IMPL(fused_lora, AutocastCUDA, m) {
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, AutocastCUDA, m) {
   m.impl("lora_linear", &autocast<c10::DeviceType::CUDA>);
 }
 

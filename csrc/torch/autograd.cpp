@@ -6,6 +6,7 @@
 
 #include "composed/composed.h"
 #include "torch/ops.h"
+#include "torch/registration.h"
 
 namespace fused_lora {
 namespace {
@@ -90,11 +91,11 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_lora, CompositeExplicitAutograd, m) {
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lora_linear", &below_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fused_lora, Autograd, m) {
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, Autograd, m) {
   m.impl("lora_linear", &with_autograd);
   // Differentiating one of the halves by hand is an error, not a silent zero.
   m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());

@@ -5,6 +5,7 @@
 #include "cpu/dropout_mask.h"
 #include "torch/checks.h"
 #include "torch/ops.h"
+#include "torch/path.h"
 
 namespace fused_lora {
 namespace {
@@ -12,11 +13,18 @@ namespace {
 using at::Tensor;
 using ops::OptionalTensor;
 
+void refuse_fused() {
+  TORCH_CHECK(asked_path() != Path::kFused,
+              "lora_linear: path 'fused' was asked for, but there are no fused kernels for cpu "
+              "tensors");
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                                    const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                                    double dropout_p, const OptionalTensor& seed,
                                    bool round_adapters) {
   checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
+  refuse_fused();
   return composed::forward(x, weight, lora_a, lora_b, bias, scaling,
                            composed::Dropout(dropout_p, seed, cpu::dropout_mask), round_adapters);
 }
@@ -27,6 +35,7 @@ composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Te
                              bool round_adapters, std::array<bool, 5> needed) {
   checks::backward_arguments(dy, x, weight, lora_a, lora_b, h, dropout_p, seed, round_adapters,
                              needed);
+  refuse_fused();
   return composed::backward(dy, x, weight, lora_a, lora_b, h, scaling,
                             composed::Dropout(dropout_p, seed, cpu::dropout_mask), round_adapters,
                             needed);

@@ -5,6 +5,7 @@
 #include "composed/composed.h"
 #include "torch/checks.h"
 #include "torch/ops.h"
+#include "torch/registration.h"
 
 namespace fused_lora {
 namespace {
@@ -51,7 +52,7 @@ Tensor dropout_mask(const Tensor& seed, c10::SymInt rows, c10::SymInt columns, d
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fused_lora, Meta, m) {
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, Meta, m) {
   m.impl("lora_linear_forward", &forward);
   m.impl("lora_linear_backward", &backward);
   m.impl("dropout_mask", &dropout_mask);

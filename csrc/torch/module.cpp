@@ -8,6 +8,20 @@
 #include "build_facts.h"
 #include "torch/cast_cache.h"
 #include "torch/ops.h"
+#include "torch/path.h"
+#ifdef FUSED_LORA_CUDA
+#include "torch/cuda/module.h"
+#endif
+
+namespace {
+
+void set_path(const std::string& name) {
+  using fused_lora::Path;
+  const bool forced = name == "fused" || name == "composed";
+  fused_lora::ask_for(!forced ? Path::kAuto : name == "fused" ? Path::kFused : Path::kComposed);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
@@ -22,7 +36,14 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");
   m.def(
+      "set_path", &set_path, py::arg("name"),
+      "Make \"fused\" or \"composed\" the path of every thread's calls; any other name lets the op "
+      "choose.");
+  m.def(
       "build_facts",
       [] { return std::unordered_map<std::string, std::string>{FUSED_LORA_BUILD_FACTS}; },
       "What this binary was built of, as {name: value}.");
+#ifdef FUSED_LORA_CUDA
+  fused_lora::cuda::add_to(m);
+#endif
 }

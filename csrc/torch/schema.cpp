@@ -1,13 +1,16 @@
-#include "torch/ops.h"
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <string>
+
+#include "torch/ops.h"
+#include "torch/registration.h"
 
 // lora_linear is what callers use; forward and backward are what it is made of, so that a traced
 // graph holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and
 // then takes a seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype
 // inside. Backward takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
-TORCH_LIBRARY(fused_lora, m) {
+FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
       "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, bool round_adapters=False) "
@@ -30,7 +33,8 @@ namespace {
 
 template <typename Signature>
 auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  const std::string full = std::string(FUSED_LORA_QUOTED(FUSED_LORA_LIBRARY) "::") + name;
+  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
 }
 
 }  // namespace
@@ -38,7 +42,7 @@ auto find(const char* name) {
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const OptionalTensor& bias, double scaling,
                        double dropout_p, const OptionalTensor& seed, bool round_adapters) {
-  static const auto op = find<decltype(lora_linear)>("fused_lora::lora_linear");
+  static const auto op = find<decltype(lora_linear)>("lora_linear");
   return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
 }
 
@@ -46,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const OptionalTensor& bias, double scaling, double dropout_p,
     const OptionalTensor& seed, bool round_adapters) {
-  static const auto op = find<decltype(lora_linear_forward)>("fused_lora::lora_linear_forward");
+  static const auto op = find<decltype(lora_linear_forward)>("lora_linear_forward");
   return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
 }
 
@@ -54,14 +58,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_line
     const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
     const at::Tensor& lora_a, const at::Tensor& lora_b, const OptionalTensor& h, double scaling,
     double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed) {
-  static const auto op = find<decltype(lora_linear_backward)>("fused_lora::lora_linear_backward");
+  static const auto op = find<decltype(lora_linear_backward)>("lora_linear_backward");
   return op.call(dy, x, weight, lora_a, lora_b, h, scaling, dropout_p, seed, round_adapters,
                  needed);
 }
 
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,
                         c10::SymInt row_offset, c10::SymInt column_offset, at::ScalarType dtype) {
-  static const auto op = find<decltype(dropout_mask)>("fused_lora::dropout_mask");
+  static const auto op = find<decltype(dropout_mask)>("dropout_mask");
   return op.call(seed, std::move(rows), std::move(columns), p, std::move(row_offset),
                  std::move(column_offset), dtype);
 }

@@ -1,0 +1,119 @@
+"""Which path and which kernels a call takes, and why, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_lora import choices, paths
+from fused_lora.binary import BINARY
+
+# Compute capability, multiprocessors, and shared memory that a block may ask for: what plans depend on.
+GPUS = {
+    "A100": (80, 108, 163 << 10),
+    "L4": (89, 58, 99 << 10),
+    "RTX 4090": (89, 128, 99 << 10),
+    "H100": (90, 132, 227 << 10),
+    "B200": (100, 148, 227 << 10),
+    "RTX 5090": (120, 170, 99 << 10),
+}
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def explain(
+    device: torch.device | str = "cpu",
+    *,
+    rows: int | None = None,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    adapter_dtype: torch.dtype | None = None,
+    autocast: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+    weight_transposed: bool = False,
+    gpu: str = "A100",
+) -> str:
+    """Which path a call on `device` takes now, and why, in one line; with a shape, which kernels as well.
+
+    Args:
+        rows: of x, all leading dimensions together. Given together with in_features and out_features.
+        rank: of the adapter.
+        dtype: of x and the weight.
+        adapter_dtype: of A and B; float32 masters where none is given and dtype is of 16 bits.
+        autocast: whether masters are rounded, as under autocast.
+        weight_transposed: whether the weight is stored in_features×out_features, as Conv1D does.
+        gpu: whose figures plans are made for where no GPU is at hand, one of GPUS.
+    """
+    device = torch.device(device)
+    line = _path(device)
+    shape = {"rows": rows, "in_features": in_features, "out_features": out_features}
+    if all(size is None for size in shape.values()):
+        return line
+    for name, size in [*shape.items(), ("rank", rank)]:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"explain: {name} must be a number ≥ 1, got {size}")
+    if device.type != "cuda" or line.startswith("reference"):
+        return line
+    if dtype == torch.float64:
+        return "composed: there are no fused kernels for torch.float64"
+    if dtype not in (torch.float32, *_HALF):
+        raise TypeError(f"explain: dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    adapter_dtype = adapter_dtype or torch.float32
+    if adapter_dtype not in (dtype, torch.float32):
+        raise TypeError(f"explain: adapter_dtype must be {dtype} or torch.float32, got {adapter_dtype}")
+    label, figures, index = _gpu(device, gpu)
+    assert BINARY.module is not None
+    found: dict[str, tuple[str, str, bool]] = BINARY.module.explain_shape(
+        **shape,
+        rank=rank,
+        dtype=dtype,
+        adapter_dtype=adapter_dtype,
+        round_adapters=autocast,
+        bias=bias,
+        dropout=dropout,
+        weight_transposed=weight_transposed,
+        figures=figures,
+    )
+    lines = [line, f"kernels, for {label}:"]
+    lines += [f"  {half}: {plan}" for half, (_, plan, _) in found.items()]
+    if paths.asked() == "auto":
+        lines.append("choices:")
+        lines += [f"  {half}: {_choice(index, *what)}" for half, what in found.items()]
+    return "\n".join(lines)
+
+
+def _path(device: torch.device) -> str:
+    asked = paths.asked()
+    if asked != "auto":
+        problem = paths.obstacle(asked, device.type, device.index)
+        return f"{asked}: asked for" + (f", but {problem}" if problem else "")
+    problem = paths.obstacle("composed", device.type, device.index)
+    if problem is not None:
+        return f"reference: {problem}"
+    if device.type == "cuda":
+        return "fused or composed: whichever is faster, once for each class of shapes (fused_lora.choices)"
+    return "composed: the fastest path that this version has for " + device.type
+
+
+def _gpu(device: torch.device, name: str) -> tuple[str, tuple[int, int, int], int | None]:
+    """A name, its figures, and the index of the GPU that has them; None where none is at hand."""
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        module: Any = BINARY.module
+        return torch.cuda.get_device_name(index), module.device_figures(index), index
+    if name not in GPUS:
+        raise ValueError(f"explain: gpu must be one of {', '.join(GPUS)}, got {name!r}")
+    return f"the figures of an {name} (no GPU is at hand)", GPUS[name], None
+
+
+def _choice(index: int | None, shape: str, plan: str, presumed_faster: bool) -> str:
+    if torch.are_deterministic_algorithms_enabled():
+        choice: choices.Choice | None = choices.untimed(presumed_faster, "deterministic algorithms")
+    else:
+        choice = None if index is None else choices.made(index, shape)
+        if choice is None and choices.several_ranks():
+            choice = choices.untimed(presumed_faster, "several ranks")
+    return f"{choice.path}: {choice.reason}" if choice else "made at the first call, by timing both"

@@ -1,0 +1,45 @@
+// A call's operands on the emulated GPU. The tensors of the tests lie in the host's memory, which
+// no kernel reaches: inputs are copied to the device as the views that they are, so that the gaps
+// between rows are out of bounds; outputs and workspace begin undefined.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/lora_linear.h"
+
+namespace fused_lora::glue {
+
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory();
+
+  kernels::MatrixView input(const char* name, const kernels::MatrixView& host, int64_t rows,
+                            int64_t columns, int64_t element_bytes);
+  const void* input(const char* name, const void* host, int64_t bytes);
+  // To be copied back by fetch(). Null where the host's pointer is.
+  void* output(const char* name, void* host, int64_t bytes);
+  // Throws where `host` is not memory for so many bytes, or is any for none.
+  void* workspace(void* host, int64_t bytes);
+
+  // Copies the outputs to the host. Throws where a kernel left a byte of them unwritten.
+  void fetch();
+
+ private:
+  struct Output {
+    const char* name;
+    uint64_t address;
+    void* host;
+    int64_t bytes;
+  };
+
+  uint64_t allocate(const char* name, int64_t bytes, const void* host);
+
+  std::vector<uint64_t> allocations_;
+  std::vector<Output> outputs_;
+};
+
+}  // namespace fused_lora::glue

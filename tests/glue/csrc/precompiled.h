@@ -1,0 +1,3 @@
+// What most of csrc/torch includes, parsed once.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>

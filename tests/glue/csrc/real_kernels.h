@@ -1,0 +1,15 @@
+// The kernels' entry points under names of their own: the build of the tests has others in their
+// place.
+#pragma once
+
+#include "kernels/plan.h"
+
+extern "C" {
+cudaError_t real_forward(const fused_lora::kernels::ForwardCall& call,
+                         const fused_lora::kernels::ForwardPlan& plan, void* workspace,
+                         cudaStream_t stream);
+cudaError_t real_backward(const fused_lora::kernels::BackwardCall& call,
+                          const fused_lora::kernels::BackwardPlan& plan, void* workspace,
+                          cudaStream_t stream);
+cudaError_t real_mask(const fused_lora::kernels::MaskCall& call, cudaStream_t stream);
+}

@@ -1,0 +1,95 @@
+// kernels::run as csrc/torch/cuda finds it in the build of the tests: the real one, on the emulated
+// GPU.
+#include "device_memory.h"
+#include "real_kernels.h"
+#include "torch/cuda/device.h"
+#include "torch/cuda/stream.h"
+
+namespace fused_lora {
+namespace {
+
+using glue::DeviceMemory;
+using namespace kernels;
+
+cudaStream_t stream_in_use = nullptr;
+
+void place_dropout(DeviceMemory& memory, Dropout& dropout) {
+  dropout.seed = static_cast<const int64_t*>(memory.input("seed", dropout.seed, sizeof(int64_t)));
+}
+
+// What a graph captures has not run yet.
+cudaError_t finish(DeviceMemory& memory, cudaError_t error, cudaStream_t stream) {
+  if (error == cudaSuccess && !cuda::is_capturing(stream)) memory.fetch();
+  return error;
+}
+
+}  // namespace
+
+namespace kernels {
+
+cudaError_t run(const ForwardCall& call, const ForwardPlan& plan, void* workspace,
+                cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const int64_t bytes = bytes_of(p.dtype), adapter_bytes = bytes_of(p.adapter_dtype);
+  DeviceMemory memory;
+  ForwardCall on_device = call;
+  on_device.x = memory.input("x", call.x, p.rows, p.in_features, bytes);
+  on_device.weight = memory.input("weight", call.weight, p.out_features, p.in_features, bytes);
+  on_device.lora_a = memory.input("lora_a", call.lora_a, p.rank, p.in_features, adapter_bytes);
+  on_device.lora_b = memory.input("lora_b", call.lora_b, p.out_features, p.rank, adapter_bytes);
+  on_device.bias = memory.input("bias", call.bias, p.out_features * bytes);
+  place_dropout(memory, on_device.dropout);
+  on_device.y = memory.output("y", call.y, p.rows * p.out_features * bytes);
+  on_device.h = memory.output("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
+  void* const scratch = memory.workspace(workspace, static_cast<int64_t>(plan.workspace_bytes));
+  return finish(memory, real_forward(on_device, plan, scratch, stream), stream);
+}
+
+cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* workspace,
+                cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const int64_t bytes = bytes_of(p.dtype), adapter_bytes = bytes_of(p.adapter_dtype);
+  DeviceMemory memory;
+  BackwardCall on_device = call;
+  on_device.dy = memory.input("dy", call.dy, p.rows, p.out_features, bytes);
+  on_device.x = memory.input("x", call.x, p.rows, p.in_features, bytes);
+  on_device.weight = memory.input("weight", call.weight, p.out_features, p.in_features, bytes);
+  on_device.lora_a = memory.input("lora_a", call.lora_a, p.rank, p.in_features, adapter_bytes);
+  on_device.lora_b = memory.input("lora_b", call.lora_b, p.out_features, p.rank, adapter_bytes);
+  on_device.h = memory.input("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
+  place_dropout(memory, on_device.dropout);
+  on_device.dx = memory.output("dx", call.dx, p.rows * p.in_features * bytes);
+  on_device.dlora_a =
+      memory.output("dlora_a", call.dlora_a, p.rank * p.in_features * adapter_bytes);
+  on_device.dlora_b =
+      memory.output("dlora_b", call.dlora_b, p.out_features * p.rank * adapter_bytes);
+  void* const scratch = memory.workspace(workspace, static_cast<int64_t>(plan.workspace_bytes));
+  return finish(memory, real_backward(on_device, plan, scratch, stream), stream);
+}
+
+cudaError_t run(const MaskCall& call, cudaStream_t stream) {
+  constexpr int64_t kBytes[] = {1, 4, 8, 2, 2};  // of MaskDType
+  DeviceMemory memory;
+  MaskCall on_device = call;
+  on_device.seed = static_cast<const int64_t*>(memory.input("seed", call.seed, sizeof(int64_t)));
+  on_device.out = memory.output("mask", call.out,
+                                call.rows * call.columns * kBytes[static_cast<int>(call.dtype)]);
+  return finish(memory, real_mask(on_device, stream), stream);
+}
+
+}  // namespace kernels
+
+namespace cuda {
+
+cudaStream_t current_stream(c10::Device) {
+  return stream_in_use;
+}
+
+}  // namespace cuda
+
+// Makes a stream of the emulated runtime torch's current one.
+extern "C" __attribute__((visibility("default"))) void glue_set_stream(cudaStream_t stream) {
+  stream_in_use = stream;
+}
+
+}  // namespace fused_lora

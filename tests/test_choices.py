@@ -1,0 +1,193 @@
+"""How `auto` chooses between two paths on CUDA, without a GPU: the rules, and what is remembered."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_lora import FusedLoRAWarning, choices
+
+SHAPE, OTHER = "forward rows=8", "forward rows=16"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A machine with one GPU and nothing remembered."""
+    monkeypatch.setenv(choices.DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(choices.TIMING_VARIABLE, raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(choices, "_device_name", lambda index: "GPU of a test")
+    restart(monkeypatch)
+    return tmp_path
+
+
+def restart(monkeypatch):
+    """Another process: what is on disk stays."""
+    for name in ("_made", "_remembered", "_shared"):
+        monkeypatch.setattr(choices, name, {})
+
+
+def timer(fused, composed):
+    calls = []
+
+    def time():
+        calls.append(1)
+        return fused, composed
+
+    time.calls = calls
+    return time
+
+
+def unexpected():
+    pytest.fail("it was timed")
+
+
+@pytest.mark.parametrize(
+    ("times", "path"), [((1.0, 2.0), "fused"), ((2.0, 1.0), "composed"), ((1, 1), "fused")]
+)
+@pytest.mark.parametrize("presumed_faster", [False, True])
+def test_the_faster_one_is_taken(times, path, presumed_faster):
+    assert choices.decide(0, SHAPE, presumed_faster, timer(*times)) == path
+    assert choices.made(0, SHAPE).path == path
+    assert "timed now" in choices.made(0, SHAPE).reason
+    assert choices.made(0, OTHER) is None
+
+
+def test_what_was_timed_is_remembered_for_other_processes(monkeypatch, cache):
+    choices.decide(0, SHAPE, True, timer(2.0, 1.0))
+    choices.decide(0, OTHER, True, timer(1.0, 2.0))
+    restart(monkeypatch)
+    assert choices.decide(0, SHAPE, True, unexpected) == "composed"
+    assert choices.decide(0, OTHER, True, None) == "fused"  # also where nothing can be timed
+    assert choices.made(0, SHAPE).reason == "fused took 2 ms, composed 1 ms (remembered)"
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())[SHAPE] == {"path": "composed", "fused_ms": 2.0, "composed_ms": 1.0}
+
+
+def test_two_processes_add_to_one_file(monkeypatch, cache):
+    choices.decide(0, SHAPE, True, timer(1.0, 2.0))
+    ours = choices._remembered
+    restart(monkeypatch)
+    (file,) = cache.iterdir()
+    file.rename(cache / "elsewhere")
+    choices.decide(0, OTHER, True, timer(1.0, 2.0))  # a process that began before the file was there
+    monkeypatch.setattr(choices, "_remembered", ours)
+    choices.decide(0, "forward rows=32", True, timer(1.0, 2.0))
+    assert set(json.loads(file.read_text())) == {SHAPE, OTHER, "forward rows=32"}
+
+
+def test_each_kind_of_device_and_version_has_its_own_file(monkeypatch):
+    names = {choices.file_of("NVIDIA A100"), choices.file_of("NVIDIA H100")}
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    names.add(choices.file_of("NVIDIA A100"))
+    monkeypatch.setattr(choices, "__version__", "9.9")
+    names.add(choices.file_of("NVIDIA A100"))
+    assert len(names) == 4
+    assert all("/" not in path.name and " " not in path.name for path in names)
+
+
+def test_where_the_files_are(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert choices.directory() != Path("/xdg/fused-lora")  # the variable of our own comes first
+    monkeypatch.delenv(choices.DIRECTORY_VARIABLE)
+    assert choices.directory() == Path("/xdg/fused-lora")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert choices.directory() == Path.home() / ".cache" / "fused-lora"
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "1",
+    '{"a": 1}',
+    '{"a": {}}',
+    '{"a": {"path": "fast", "fused_ms": 1, "composed_ms": 2}}',
+    '{"a": {"path": "fused", "fused_ms": "x", "composed_ms": 2}}',
+    "\xff",
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(monkeypatch, text):
+    path = choices.file_of("GPU of a test")
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.warns(FusedLoRAWarning, match="cannot read"):
+        assert choices.decide(0, SHAPE, True, timer(2.0, 1.0)) == "composed"
+    assert choices.decide(0, OTHER, True, timer(1.0, 2.0)) == "fused"  # warnings are errors in these tests
+    restart(monkeypatch)
+    assert choices.decide(0, SHAPE, True, unexpected) == "composed"
+
+
+def test_a_directory_that_cannot_be_written_to_is_no_matter(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(choices.DIRECTORY_VARIABLE, str(tmp_path / "file" / "below"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choices.decide(0, SHAPE, True, timer(2.0, 1.0)) == "composed"
+        assert choices.decide(0, SHAPE, True, unexpected) == "composed"  # this process knows
+
+
+@pytest.mark.parametrize("presumed_faster", [False, True])
+def test_where_nothing_can_be_timed_the_rule_decides(monkeypatch, cache, presumed_faster):
+    path = "fused" if presumed_faster else "composed"
+    assert choices.decide(0, SHAPE, presumed_faster, None) == path
+    assert "a CUDA graph is captured" in choices.made(0, SHAPE).reason
+    assert choices.decide(0, OTHER, presumed_faster, lambda: None) == path
+    assert "too little memory" in choices.made(0, OTHER).reason
+    monkeypatch.setenv(choices.TIMING_VARIABLE, "0")
+    assert choices.decide(1, SHAPE, presumed_faster, unexpected) == path
+    assert "FUSED_LORA_TIMING=0" in choices.made(1, SHAPE).reason
+    assert not list(cache.iterdir())  # only what was timed is remembered
+
+
+@pytest.mark.parametrize("world", ["2", "launched without torch.distributed"])
+def test_several_ranks_do_not_time_and_look_at_no_file(monkeypatch, world):
+    choices.decide(0, SHAPE, True, timer(2.0, 1.0))
+    restart(monkeypatch)
+    if world == "2":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert choices.decide(0, SHAPE, True, unexpected) == "fused"
+    assert choices.decide(0, OTHER, False, unexpected) == "composed"
+    assert "several ranks" in choices.made(0, SHAPE).reason
+
+
+@pytest.mark.parametrize("world", ["1", "", "many"])
+def test_one_rank_is_no_job_of_several(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert not choices.several_ranks()
+
+
+RANK = """
+import sys, torch
+from fused_lora import choices, share_choices
+rank = int(sys.argv[1])
+choices._device_name = lambda index: f"GPU {rank}"
+torch.cuda.current_device = lambda: rank
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+assert choices.decide(rank, "a", True, None) == "fused"
+assert share_choices() == 1
+assert choices.made(rank, "a") is None
+print(choices.decide(rank, "a", True, None), choices.decide(rank, "b", True, None))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_ranks_take_what_rank_0_remembers(monkeypatch, tmp_path):
+    monkeypatch.setattr(choices, "_device_name", lambda index: "GPU 0")
+    choices.decide(0, "a", True, timer(2.0, 1.0))
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["composed fused\n"] * 2
