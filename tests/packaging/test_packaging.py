@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from build_support.toolkit import find_toolkit
 
@@ -118,8 +120,19 @@ def installs() -> dict[str, Installed]:
 def installed(request, installs, source, tmp_path_factory):
     """The package, built and installed for the Python asked for."""
     if request.param not in installs:
-        installs[request.param] = install(request.param, source, tmp_path_factory.mktemp("wheel"))
+        # One architecture: the others compile in tests of their own.
+        work = tmp_path_factory.mktemp("wheel")
+        installs[request.param] = install(request.param, source, work, TORCH_CUDA_ARCH_LIST="8.0")
     return installs[request.param]
+
+
+def toolkit_for(python: str, cuda: str) -> bool:
+    """Whether a build finds a toolkit, which may be one of the Python's own packages."""
+    code = "import sys; print('\\n'.join(sys.path))"
+    paths = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return find_toolkit(cuda, site_directories=paths) is not None
 
 
 def binary_of(installed: Installed) -> Path:
@@ -137,9 +150,16 @@ class TestInstalled:
         assert told["facts"]["torch"] == told["torch"]
         assert told["facts"]["torch_cuda"] == (told["cuda"] or "none")
 
-    def test_the_decision_and_its_reason_are_printed(self, installed):
-        line = "fused-lora: CUDA kernels off: this version has no CUDA sources"
-        assert line in installed.printed
+    def test_the_decision_and_its_reason_are_printed(self, installed, tmp_path):
+        code = "import torch; print(torch.version.cuda)"
+        cuda = succeed(installed.python, "-c", code, cwd=tmp_path).split()[-1]
+        if cuda == "None":
+            line = "off: torch is a CPU build (torch.version.cuda is None)"
+        elif toolkit_for(installed.python, cuda):
+            line = f"on: torch has CUDA {cuda}, toolkit "
+        else:
+            line = f"off: torch has CUDA {cuda} but no toolkit was found"
+        assert f"fused-lora: CUDA kernels {line}" in installed.printed
 
     def test_it_holds_what_users_need_and_nothing_else(self, installed):
         files = {path.name for path in (installed.site / "fused_lora").iterdir()}
@@ -172,35 +192,85 @@ def test_a_build_without_torch_says_how_to_build(source):
     assert "pip install --no-build-isolation ." in done.stderr
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_a_forced_cuda_build_that_cannot_be_is_an_error(source):
     done = run(sys.executable, "setup.py", "build_ext", cwd=source, FORCE_CUDA="1")
     assert done.returncode != 0
-    assert "fused-lora: FORCE_CUDA=1, but this version has no CUDA sources" in done.stderr
+    assert "fused-lora: FORCE_CUDA=1, but torch is a CPU build" in done.stderr
 
 
-@pytest.mark.parametrize("python", [SECOND])
-def test_cuda_sources_join_a_cuda_build(python, source, tmp_path):
-    """A torch with CUDA and a toolkit: every .cu under csrc/ is compiled and linked in."""
-    told = succeed(python, "-c", "import torch; print(torch.version.cuda)", cwd=tmp_path).strip()
-    if told == "None":
-        pytest.skip("the second torch has no CUDA")
-    if find_toolkit() is None:
-        pytest.skip("no CUDA toolkit is installed")
-    copy = tmp_path / "copy"
-    succeed("cp", "-r", source, copy, cwd=tmp_path)
-    (copy / "csrc" / "kernels").mkdir()
-    (copy / "csrc" / "kernels" / "probe.cu").write_text(
-        "namespace fused_lora {\n"
-        "__global__ void probe(float* out) { *out = 1.0f; }\n"
-        '__attribute__((visibility("default"))) cudaError_t launch_probe(float* out) {\n'
-        "  probe<<<1, 1>>>(out);\n  return cudaGetLastError();\n}\n}\n"
-    )
-    installed = install(python, copy, tmp_path, TORCH_CUDA_ARCH_LIST="8.0")
-    assert "fused-lora: CUDA kernels on: torch has CUDA" in installed.printed
-    assert "launch_probe" in succeed("nm", "-DC", "--defined-only", binary_of(installed), cwd=tmp_path)
-    printed = succeed(python, "-c", RUN, cwd=tmp_path, PYTHONPATH=str(installed.site))
-    facts = json.loads(printed.splitlines()[-1])["facts"]
-    assert (facts["cuda"], facts["architectures"]) == ("yes", "8.0")
+@pytest.fixture
+def with_cuda(installed):
+    """The second torch's build, where it has the CUDA kernels."""
+    if "CUDA kernels on" not in installed.printed:
+        pytest.skip("the second torch has no CUDA, or no CUDA toolkit is installed")
+    return installed
+
+
+@pytest.mark.parametrize("installed", [SECOND], indirect=True)
+class TestCudaBuild:
+    def test_it_is_compiled_for_what_was_asked(self, with_cuda):
+        assert "fused-lora: compiled for 8.0 (TORCH_CUDA_ARCH_LIST)" in with_cuda.printed
+        facts = json.loads((with_cuda.site / "fused_lora" / "_build.json").read_text())
+        assert (facts["cuda"], facts["architectures"]) == ("yes", "8.0")
+
+    def test_every_symbol_is_found_without_a_gpu(self, with_cuda, tmp_path):
+        """Bound at once, not at the first call that would need it."""
+        code = "import fused_lora; print(fused_lora.binary.BINARY.problem)"
+        printed = succeed(
+            *(with_cuda.python, "-c", code), cwd=tmp_path, PYTHONPATH=str(with_cuda.site), LD_BIND_NOW="1"
+        )
+        assert printed.splitlines()[-1] == "None"
+
+    def test_libcudart_is_torchs_own(self, with_cuda, tmp_path):
+        needed = succeed("readelf", "-d", binary_of(with_cuda), cwd=tmp_path)
+        assert re.search(r"NEEDED.*libcudart\.so\.\d+\]", needed)
+        assert "RPATH" not in needed
+        assert "RUNPATH" not in needed
+
+    def test_every_op_has_a_cuda_implementation(self, with_cuda, tmp_path):
+        printed = succeed(with_cuda.python, "-c", CUDA_RUN, cwd=tmp_path, PYTHONPATH=str(with_cuda.site))
+        told = json.loads(printed.splitlines()[-1])
+        assert told["implemented"] == [True] * 3
+        assert told["fake"] == [
+            "cuda:0 [3, 64] torch.bfloat16",
+            "cuda:0 [3, 32] torch.bfloat16",
+            "cuda:0 [8, 32] torch.float32",
+            "cuda:0 [64, 8] torch.float32",
+        ]
+        if told["gpu"]:
+            return
+        assert "NVIDIA" in told["error"]
+        assert "tensor cores" in told["explained"]
+        assert "an A100 (no GPU is at hand)" in told["explained"]
+
+
+CUDA_RUN = """
+import json, torch
+from torch._subclasses import FakeTensorMode
+import fused_lora
+ops = ("lora_linear_forward", "lora_linear_backward", "dropout_mask")
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+told = {"implemented": [has_kernel("fused_lora::" + name, "CUDA") for name in ops]}
+with FakeTensorMode():
+    # By the halves: autograd's engine itself asks for the device.
+    x, weight = (torch.empty(n, 32, device="cuda", dtype=torch.bfloat16) for n in (3, 64))
+    a, b = torch.empty(8, 32, device="cuda"), torch.empty(64, 8, device="cuda")
+    tail = (1.0, 0.5, torch.empty(1, dtype=torch.int64, device="cuda"), False)
+    y, h = torch.ops.fused_lora.lora_linear_forward(x, weight, a, b, None, *tail)
+    needed = [True, False, True, True, False]
+    gradients = torch.ops.fused_lora.lora_linear_backward(y, x, weight, a, b, h, *tail, needed)
+    results = (y, *(g for g, wanted in zip(gradients, needed) if wanted))
+told["fake"] = [f"{t.device} {list(t.shape)} {t.dtype}" for t in results]
+told["gpu"] = torch.cuda.is_available()
+if not told["gpu"]:
+    told["explained"] = fused_lora.explain("cuda", rows=4096, in_features=4096, out_features=4096)
+    try:
+        fused_lora.dropout_mask(torch.tensor([1]).to("cuda"), 3, 4, 0.5)
+    except Exception as error:
+        told["error"] = str(error)
+print(json.dumps(told))
+"""
 
 
 def test_every_module_of_the_package_imports_with_torch_alone(tmp_path):

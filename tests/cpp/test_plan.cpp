@@ -1,0 +1,140 @@
+// Plans are pure host functions: over a grid of shapes, dtypes and devices they keep their
+// promises.
+#include <vector>
+
+#include "cpp/calls.h"
+#include "cpp/check.h"
+#include "kernels/plan.h"
+
+namespace fused_lora::testing {
+namespace {
+
+using kernels::BackwardPlan;
+using kernels::ForwardPlan;
+using kernels::Region;
+
+const Problem kUsual = problem(kinds().front(), 4096, 4096, 4096, 16);
+const Device kA100 = devices().front().device;
+
+void check_regions(const std::vector<Region>& regions, size_t workspace_bytes) {
+  size_t end = 0;
+  for (const Region& region : regions) {
+    if (region.bytes == 0) continue;
+    CHECK_EQ(region.offset % 256, size_t{0});
+    CHECK_LE(end, region.offset);
+    end = region.offset + region.bytes;
+  }
+  CHECK_LE(end, workspace_bytes);
+}
+
+TEST(forward_takes_at_most_two_launches) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const ForwardPlan plan = kernels::plan(forward_call(p, dropout), device);
+    CHECK(plan.launches == 1 || plan.launches == 2);
+  });
+}
+
+TEST(backward_takes_at_most_four_launches) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const BackwardPlan plan = kernels::plan(backward_call(p, dropout), device);
+    CHECK(plan.launches >= 1 && plan.launches <= 4);
+  });
+}
+
+TEST(regions_of_the_workspace_are_aligned_and_apart) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const ForwardPlan forward = kernels::plan(forward_call(p, dropout), device);
+    if (forward.launches > 1) {  // one launch needs none
+      check_regions({forward.gemm.packed_low, forward.gemm.packed_factor}, forward.workspace_bytes);
+    }
+    const BackwardPlan backward = kernels::plan(backward_call(p, dropout), device);
+    check_regions({backward.gemm.packed_low, backward.gemm.packed_factor, backward.g,
+                   backward.a_partials, backward.b_partials},
+                  backward.workspace_bytes);
+  });
+}
+
+// Nothing of the size of x, y or W is ever copied: the workspace is made of terms in the rank.
+TEST(the_workspace_is_terms_in_the_rank) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    // Masters take three times the rank, padded to a tile of 32; partial sums are shares of fp32.
+    const auto depth = static_cast<size_t>(3 * p.rank + 32);
+    const auto rows = static_cast<size_t>(p.rows), in = static_cast<size_t>(p.in_features),
+               out = static_cast<size_t>(p.out_features), rank = static_cast<size_t>(p.rank);
+    constexpr size_t kPadding = 4096;
+    const ForwardPlan forward = kernels::plan(forward_call(p, dropout), device);
+    CHECK_LE(forward.workspace_bytes, 4 * (rows + out + 8) * depth + kPadding);
+    const BackwardPlan backward = kernels::plan(backward_call(p, dropout), device);
+    const size_t packed = 4 * (2 * rows + in + 8) * depth;
+    const size_t shares = 4 * rank *
+                          (static_cast<size_t>(backward.a_splits) * in +
+                           static_cast<size_t>(backward.b_splits) * out);
+    CHECK_LE(backward.workspace_bytes, packed + shares + kPadding);
+    CHECK_LE(backward.a_splits, 4 * device.multiprocessors);
+    CHECK_LE(backward.b_splits, 4 * device.multiprocessors);
+  });
+}
+
+TEST(a_plan_depends_on_a_pointers_alignment_alone) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const uintptr_t elsewhere = kAlignedBase + 256;
+    const auto forward = [&](uintptr_t base) {
+      return kernels::plan(forward_call(p, dropout, base), device);
+    };
+    CHECK_EQ(kernels::describe(forward(kAlignedBase)), kernels::describe(forward(elsewhere)));
+    CHECK_EQ(forward(kAlignedBase).workspace_bytes, forward(elsewhere).workspace_bytes);
+    const auto backward = [&](uintptr_t base) {
+      return kernels::plan(backward_call(p, dropout, base), device);
+    };
+    CHECK_EQ(kernels::describe(backward(kAlignedBase)), kernels::describe(backward(elsewhere)));
+    CHECK_EQ(backward(kAlignedBase).workspace_bytes, backward(elsewhere).workspace_bytes);
+  });
+}
+
+TEST(no_rows_launch_nothing_forward_and_zeros_backward) {
+  const Problem p = problem(kinds().front(), 0, 64, 64, 8);
+  CHECK_EQ(kernels::plan(forward_call(p, false), kA100).launches, 0);
+  const BackwardPlan plan = kernels::plan(backward_call(p, false), kA100);
+  CHECK(plan.launches >= 1);  // dA and dB are sums over no rows, which must be written
+  BackwardCall only_x = backward_call(p, false);
+  only_x.dlora_a = only_x.dlora_b = nullptr;
+  CHECK_EQ(kernels::plan(only_x, kA100).launches, 0);
+}
+
+TEST(what_is_not_asked_for_is_not_launched) {
+  const auto launches = [](bool dx, bool da, bool db) {
+    BackwardCall call = backward_call(kUsual, true);
+    if (!dx) call.dx = nullptr;
+    if (!da) call.dlora_a = nullptr;
+    if (!db) call.dlora_b = nullptr;
+    return kernels::plan(call, kA100).launches;
+  };
+  const int all = launches(true, true, true);
+  CHECK_EQ(launches(false, false, false), 0);
+  CHECK_LE(launches(true, false, false), 2);   // g, dx
+  CHECK_LE(launches(false, false, true), 2);   // dB and its partial sums: g is not needed
+  CHECK_LE(launches(false, true, true), all);  // a first layer
+  CHECK(launches(false, true, true) < all);
+}
+
+TEST(sizes_beyond_32_bits_do_not_overflow) {
+  const Kind& bf16 = kinds().front();
+  for (const Problem& p :
+       {problem(bf16, int64_t{1} << 33, 64, 64, 16), problem(bf16, 64, int64_t{1} << 31, 64, 16),
+        problem(bf16, 64, 64, int64_t{1} << 31, 16)}) {
+    const ForwardPlan forward = kernels::plan(forward_call(p, true), kA100);
+    CHECK(forward.launches >= 1 && forward.launches <= 2);
+    CHECK_LE(forward.workspace_bytes, size_t{1} << 42);
+    const BackwardPlan backward = kernels::plan(backward_call(p, true), kA100);
+    CHECK(backward.launches >= 1 && backward.launches <= 4);
+    CHECK_LE(static_cast<size_t>(p.rows * p.rank), backward.workspace_bytes + 1);  // g alone
+    CHECK_LE(backward.workspace_bytes, size_t{1} << 44);
+  }
+}
+
+}  // namespace
+}  // namespace fused_lora::testing
+
+int main() {
+  return fused_lora::testing::run_all();
+}
