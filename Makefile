@@ -14,7 +14,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check --constraint cons
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test gpu kernels lint format bench clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,15 @@ demo: $(VENV)/built  ## tune a real model on its own shop's copy, beside PEFT; A
 test: $(VENV)/built $(if $(SECOND_TORCH),$(SECOND_VENV)/ready)  ## run every test; ARGS='tests/test_op.py -k bias' chooses
 	$(if $(SECOND_TORCH),FUSED_LORA_SECOND_PYTHON=$(abspath $(SECOND_VENV))/bin/python) \
 	$(BIN)/python -m pytest $(ARGS)
+
+# With a GPU. FORCE_CUDA makes a build that cannot have the kernels an error, with the reason.
+gpu: export FORCE_CUDA = 1
+gpu: $(VENV)/built  ## on a machine with a GPU: run its tests, then the benchmark against PEFT, which fills out/gpu
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+kernels: $(VENV)/built  ## without a GPU: what the CUDA kernels move, what the compiler made of them, a prediction
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 lint: $(VENV)/built  ## check style, formatting and types
 	$(BIN)/ruff check .
