@@ -81,12 +81,12 @@ void add_to(py::module_& m) {
         "Let every choice be made again.");
   m.def("device_figures", &device_figures, py::arg("index"),
         "A GPU's compute capability, multiprocessors and shared memory, as plans see them.");
-  m.def(
-      "explain_shape", &explain_shape, py::arg("rows"), py::arg("in_features"),
-      py::arg("out_features"), py::arg("rank"), py::arg("dtype"), py::arg("adapter_dtype"),
-      py::arg("round_adapters"), py::arg("bias"), py::arg("dropout"), py::arg("weight_transposed"),
-      py::arg("figures"),
-      "For forward and backward: the shape's class, the plan, and whether it is presumed faster than composed.");
+  m.def("explain_shape", &explain_shape, py::arg("rows"), py::arg("in_features"),
+        py::arg("out_features"), py::arg("rank"), py::arg("dtype"), py::arg("adapter_dtype"),
+        py::arg("round_adapters"), py::arg("bias"), py::arg("dropout"),
+        py::arg("weight_transposed"), py::arg("figures"),
+        "For forward and backward: the shape's class, the plan, and whether it is presumed faster "
+        "than composed.");
 }
 
 }  // namespace fused_lora::cuda
