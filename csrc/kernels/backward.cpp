@@ -18,13 +18,9 @@ int64_t rank_bytes(const Problem& p) {
 
 RankDown rank_down_stage(const BackwardCall& call) {
   const Problem& p = call.problem;
-  RankDown stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
+  auto stage = stage_of<RankDown>(p);
   stage.factor_dtype = p.adapter_dtype;
-  stage.rows = p.rows;
   stage.columns = p.out_features;
-  stage.rank = p.rank;
   stage.x = call.dy;
   stage.factor = call.lora_b;
   stage.alpha = static_cast<float>(call.scaling);
@@ -33,13 +29,9 @@ RankDown rank_down_stage(const BackwardCall& call) {
 
 LoraGemm gemm_stage(const BackwardCall& call) {
   const Problem& p = call.problem;
-  LoraGemm stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
-  stage.rows = p.rows;
+  auto stage = stage_of<LoraGemm>(p);
   stage.depth = p.out_features;
   stage.columns = p.in_features;
-  stage.rank = p.rank;
   stage.x = call.dy;
   stage.weight = call.weight;
   stage.dropout = call.dropout;
@@ -51,12 +43,8 @@ LoraGemm gemm_stage(const BackwardCall& call) {
 
 RankGrad grad_of_a(const BackwardCall& call) {
   const Problem& p = call.problem;
-  RankGrad stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
-  stage.rows = p.rows;
+  auto stage = stage_of<RankGrad>(p);
   stage.columns = p.in_features;
-  stage.rank = p.rank;
   stage.x = call.x;
   stage.alpha = call.dropout.active() ? call.dropout.scale : 1.0f;
   stage.dropout = call.dropout;
@@ -68,12 +56,8 @@ RankGrad grad_of_a(const BackwardCall& call) {
 
 RankGrad grad_of_b(const BackwardCall& call) {
   const Problem& p = call.problem;
-  RankGrad stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
-  stage.rows = p.rows;
+  auto stage = stage_of<RankGrad>(p);
   stage.columns = p.out_features;
-  stage.rank = p.rank;
   stage.x = call.dy;
   stage.low = call.h;
   stage.out = call.dlora_b;
@@ -138,11 +122,10 @@ BackwardPlan plan(const BackwardCall& call, const Device& device) {
     plan.b_splits = one_read
                         ? rank_down_grad_splits({rank_down_stage(call), grad_of_b(call)}, device)
                         : splits_of(grad_of_b(call), plan.grad_obstacle, device);
-    // With one read the sums are partial even where there is one share of the rows.
-    plan.b_partials = one_read ? layout.add(int64_t{4} * plan.b_splits * p.out_features * p.rank)
-                               : partials_region(grad_of_b(call), plan.b_splits, layout);
+    plan.b_partials = partials_region(grad_of_b(call), plan.b_splits, layout);
   }
-  if (needs_a || grads_of_b) ++plan.launches;
+  plan.grads = (needs_a ? 1 : 0) + (grads_of_b ? 1 : 0);
+  if (plan.grads > 0) ++plan.launches;
   if (plan.a_partials.bytes > 0 || plan.b_partials.bytes > 0) ++plan.launches;
   plan.workspace_bytes = layout.size();
   return plan;
@@ -211,7 +194,7 @@ std::string describe(const BackwardPlan& plan) {
   if (plan.gemm.packed_low.bytes > 0 || plan.gemm.obstacle != nullptr) {
     add(describe(plan.gemm, plan.arithmetic));
   }
-  add(describe_stage("rank-grad", plan.grad_obstacle));
+  if (plan.grads > 0) add(describe_stage("rank-grad", plan.grad_obstacle));
   return text;
 }
 

@@ -10,13 +10,9 @@ namespace {
 
 RankDown rank_down_stage(const ForwardCall& call) {
   const Problem& p = call.problem;
-  RankDown stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
+  auto stage = stage_of<RankDown>(p);
   stage.factor_dtype = p.adapter_dtype;
-  stage.rows = p.rows;
   stage.columns = p.in_features;
-  stage.rank = p.rank;
   stage.x = call.x;
   stage.factor = call.lora_a.transposed();
   stage.alpha = static_cast<float>(call.scaling * (call.dropout.active() ? call.dropout.scale : 1));
@@ -27,13 +23,9 @@ RankDown rank_down_stage(const ForwardCall& call) {
 
 LoraGemm gemm_stage(const ForwardCall& call) {
   const Problem& p = call.problem;
-  LoraGemm stage;
-  stage.arithmetic = arithmetic_of(p);
-  stage.dtype = p.dtype;
-  stage.rows = p.rows;
+  auto stage = stage_of<LoraGemm>(p);
   stage.depth = p.in_features;
   stage.columns = p.out_features;
-  stage.rank = p.rank;
   stage.x = call.x;
   stage.weight = call.weight.transposed();
   stage.bias = call.bias;

@@ -53,10 +53,22 @@ struct BackwardPlan {
   GemmPlan gemm;
   // g and dB by one read of dy; else the reason why by two.
   Obstacle one_read_obstacle = nullptr;
-  Obstacle grad_obstacle = nullptr;  // of the launch that makes dA, dB or both
+  int grads = 0;                     // that a launch of rank-grad makes: dA, dB, both or none
+  Obstacle grad_obstacle = nullptr;  // of that launch
   int a_splits = 1, b_splits = 1;
   Region a_partials, b_partials;  // empty where there is one split
 };
+
+// What every stage of a call has in common.
+template <typename Stage>
+Stage stage_of(const Problem& problem) {
+  Stage stage;
+  stage.arithmetic = arithmetic_of(problem);
+  stage.dtype = problem.dtype;
+  stage.rows = problem.rows;
+  stage.rank = problem.rank;
+  return stage;
+}
 
 // Whether mma.sync keeps up with the device's fastest GEMMs at so many rows. Hopper (9.x) and
 // data-centre Blackwell (10.x) have wgmma and tcgen05 beside it, which go beyond it where
