@@ -92,6 +92,19 @@ def test_as_exact_as_torch_and_clean(kernels, case):
     assert_right(case["kind"], given, dy, forward.y, backward.gradients)
 
 
+def on_tensor_cores(case):
+    return case["kind"].name != "fp32" and case["layout"] in ("dense", "padded") and case["shape"][1] % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if on_tensor_cores(case) and case["shape"][0] == 16], ids=name_of
+)
+def test_tensor_cores_that_truncate_as_hardware_does_keep_the_rule(kernels, case):
+    machine = machine_of(case, truncating=True, check_races=False)
+    given, dy, forward, backward = forward_and_backward(kernels, machine, case)
+    assert_right(case["kind"], given, dy, forward.y, backward.gradients)
+
+
 BY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
