@@ -82,11 +82,7 @@ class Epilogue {
   }
 
   __device__ static int offset(int row, int chunk) {
-    if constexpr (kBytes == 4) {
-      return swizzled_pairs<kRowBytes>(row, chunk);
-    } else {
-      return swizzled<kRowBytes>(row, chunk);
-    }
+    return fragment_offset<kBytes, kRowBytes>(row, chunk);
   }
 
   __device__ static void stage(uint32_t staged, const float (&sums)[Traits::kColumnFragments][4]) {

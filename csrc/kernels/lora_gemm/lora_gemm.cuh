@@ -52,15 +52,7 @@ struct TilePosition {
 template <typename Traits>
 class Block {
   static constexpr Tile kTile = Traits::kTile;
-  static constexpr int kColumnRowBytes =
-      Traits::kDepthContiguous ? kPackedTileBytes : kTile.columns * Traits::kElementBytes;
-  using RowShape = CopyShape<kTile.rows, kPackedTileBytes, Traits::kThreads>;
-  using ColumnShape = CopyShape<Traits::kDepthContiguous ? kTile.columns : Traits::kDepth,
-                                kColumnRowBytes, Traits::kThreads>;
-  static constexpr int kRowTileBytes = kTile.rows * kPackedTileBytes;
-
-  using ColumnCopies = std::conditional_t<Traits::kDepthContiguous, RowCopies<ColumnShape>,
-                                          DepthCopies<ColumnShape>>;
+  using Copies = TileCopies<Traits>;
 
  public:
   __device__ Block(const Params& p, uint32_t shared)
@@ -68,17 +60,9 @@ class Block {
         main_tiles_((p.depth + Traits::kDepth - 1) / Traits::kDepth),
         shared_(shared),
         row_offsets_(warp_row()),
-        column_offsets_(warp_column()) {
-    const int row = RowShape::row(), column = ColumnShape::row();
-    row_to_ = shared + swizzled<kPackedTileBytes>(row, RowShape::chunk());
-    if constexpr (Traits::kDepthContiguous) {
-      column_to_ =
-          shared + kRowTileBytes + swizzled<kPackedTileBytes>(column, ColumnShape::chunk());
-    } else {
-      column_to_ =
-          shared + kRowTileBytes + column_tile_offset<Traits>(column, ColumnShape::chunk());
-    }
-  }
+        column_offsets_(warp_column()),
+        row_to_(shared + Copies::row_offset()),
+        column_to_(shared + Copies::column_offset()) {}
 
   __device__ void run() {
     const int tiles = p_.rank_tiles + main_tiles_;
@@ -104,14 +88,13 @@ class Block {
     // The main loop: each copy is a whole tile of X and W.
     Copies copies;
     begin(copies, false, tile + kTile.stages - 1 - p_.rank_tiles);
-    const int64_t column_pitch = column_tile_pitch(p_.weight_pitch);
+    const int64_t column_step = Copies::column_step(p_.weight_pitch);
 #pragma unroll 1
     for (int left = tiles - kTile.stages - tile; left > 0; --left, ++tile) {
       multiply_tile<typename Traits::T>([&] {
-        copies.rows.copy(row_to_ + write_);
-        copies.columns.copy(column_to_ + write_);
+        copies.copy(row_to_ + write_, column_to_ + write_);
         copies.rows.from += kPackedTileBytes;
-        copies.columns.from += column_pitch;
+        copies.columns.from += column_step;
       });
     }
 #pragma unroll 1
@@ -127,29 +110,15 @@ class Block {
   __device__ static int warp_column() { return Traits::warp_column(warp()); }
 
   // Tile `tile` of X and W, or of the low-rank operands.
-  struct Copies {
-    RowCopies<RowShape> rows;
-    ColumnCopies columns;
-  };
   __device__ void begin(Copies& copies, bool low_rank, int tile) const {
     const TilePosition position(p_);
-    const int first_column = position.column * kTile.columns;
-    copies.rows.begin(low_rank ? p_.low : p_.x, low_rank ? p_.low_pitch : p_.x_pitch,
-                      position.row * kTile.rows, p_.rows);
-    copies.rows.from += static_cast<int64_t>(tile) * kPackedTileBytes;
-    const void* data = low_rank ? p_.factor : p_.weight;
     const int64_t pitch = low_rank ? p_.factor_pitch : p_.weight_pitch;
-    if constexpr (Traits::kDepthContiguous) {
-      copies.columns.begin(data, pitch, first_column, p_.columns);
-    } else {
-      constexpr int kElements = kChunkBytes / Traits::kElementBytes;
-      copies.columns.begin(data, pitch, first_column / kElements, p_.columns / kElements);
-    }
-    copies.columns.from += tile * column_tile_pitch(pitch);
-  }
-  // From one tile of the reduction to the next, in the storage of W or factor.
-  __device__ static int64_t column_tile_pitch(int64_t pitch) {
-    return Traits::kDepthContiguous ? kPackedTileBytes : Traits::kDepth * pitch;
+    copies.begin_rows(low_rank ? p_.low : p_.x, low_rank ? p_.low_pitch : p_.x_pitch,
+                      position.row * kTile.rows, p_.rows);
+    copies.begin_columns(low_rank ? p_.factor : p_.weight, pitch, position.column * kTile.columns,
+                         p_.columns);
+    copies.rows.from += static_cast<int64_t>(tile) * kPackedTileBytes;
+    copies.columns.from += tile * Copies::column_step(pitch);
   }
 
   // The copies of one tile of the reduction, whichever it is; none beyond the last. Their addresses
@@ -161,14 +130,12 @@ class Block {
     const int left = low_rank ? Traits::kDepth : p_.depth - main_tile * Traits::kDepth;
     Copies copies;
     begin(copies, low_rank, low_rank ? tile : main_tile);
-    copies.rows.copy_part(row_to_ + write_, left * Traits::kElementBytes);
-    copies.columns.copy_part(column_to_ + write_,
-                             Traits::kDepthContiguous ? left * Traits::kElementBytes : left);
+    copies.copy_part(row_to_ + write_, column_to_ + write_, left);
   }
 
   __device__ void load(int buffer, int step) {
     row_offsets_.load(fragments_[buffer].a, shared_ + read_, step);
-    column_offsets_.load(fragments_[buffer].b, shared_ + read_ + kRowTileBytes, step);
+    column_offsets_.load(fragments_[buffer].b, shared_ + read_ + Copies::kRowTileBytes, step);
   }
 
   // Multiplies a tile whose first step is in fragments_[0] already, and leaves the next one's
@@ -232,10 +199,10 @@ class Block {
   const Params& p_;
   const int main_tiles_;
   const uint32_t shared_;
-  uint32_t row_to_, column_to_;    // where this thread's first chunk goes in stage 0
-  uint32_t write_ = 0, read_ = 0;  // stages, as offsets
   RowFragmentOffsets<Traits> row_offsets_;
   ColumnFragmentOffsets<Traits> column_offsets_;
+  const uint32_t row_to_, column_to_;  // where this thread's first chunks go in stage 0
+  uint32_t write_ = 0, read_ = 0;      // stages, as offsets
   Fragments<Traits> fragments_[Traits::kSteps];
   Accumulators<Traits> sums_ = {};
 };

@@ -5,6 +5,8 @@
 // tile/swizzle.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/lora_gemm/traits.h"
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/special_registers.cuh"
@@ -30,15 +32,14 @@ struct CopyShape {
   __device__ static int chunk() { return ptx::thread_x() % kChunksPerRow; }
 };
 
-// A depth×columns tile of 16-bit elements is read by ldmatrix, one of fp32 four rows and eight
-// columns at a time.
+// Where chunk `chunk` of a row of W's tile lies, from the tile's first byte.
 template <typename Traits>
 __device__ __forceinline__ constexpr int column_tile_offset(int row, int chunk) {
-  constexpr int kRowBytes = Traits::kTile.columns * Traits::kElementBytes;
-  if constexpr (Traits::kElementBytes == 4) {
-    return swizzled_pairs<kRowBytes>(row, chunk);
+  if constexpr (Traits::kDepthContiguous) {
+    return swizzled<kPackedTileBytes>(row, chunk);
   } else {
-    return swizzled<kRowBytes>(row, chunk);
+    constexpr int kRowBytes = Traits::kTile.columns * Traits::kElementBytes;
+    return fragment_offset<Traits::kElementBytes, kRowBytes>(row, chunk);
   }
 }
 
@@ -114,6 +115,56 @@ struct DepthCopies {
     for (int i = 0; i < Shape::kCopies; ++i) {
       ptx::cp_async_16(shared + i * Shape::kRowStep * Shape::kRowBytes, source(i));
     }
+  }
+};
+
+// A thread's chunks of one tile of the reduction: X's, and W's behind them.
+template <typename Traits>
+struct TileCopies {
+  static constexpr Tile kTile = Traits::kTile;
+  static constexpr int kRowTileBytes = kTile.rows * kPackedTileBytes;
+  static constexpr bool kContiguous = Traits::kDepthContiguous;
+  using RowShape = CopyShape<kTile.rows, kPackedTileBytes, Traits::kThreads>;
+  using ColumnShape =
+      CopyShape<kContiguous ? kTile.columns : Traits::kDepth,
+                kContiguous ? kPackedTileBytes : kTile.columns * Traits::kElementBytes,
+                Traits::kThreads>;
+
+  RowCopies<RowShape> rows;
+  std::conditional_t<kContiguous, RowCopies<ColumnShape>, DepthCopies<ColumnShape>> columns;
+
+  // Where the thread's first chunks go, from a stage's first byte.
+  __device__ static uint32_t row_offset() {
+    return swizzled<kPackedTileBytes>(RowShape::row(), RowShape::chunk());
+  }
+  __device__ static uint32_t column_offset() {
+    return kRowTileBytes + column_tile_offset<Traits>(ColumnShape::row(), ColumnShape::chunk());
+  }
+
+  // The first tile of the reduction.
+  __device__ void begin_rows(const void* data, int64_t pitch, int first, int count) {
+    rows.begin(data, pitch, first, count);
+  }
+  __device__ void begin_columns(const void* data, int64_t pitch, int first, int count) {
+    if constexpr (kContiguous) {
+      columns.begin(data, pitch, first, count);
+    } else {
+      constexpr int kElements = kChunkBytes / Traits::kElementBytes;
+      columns.begin(data, pitch, first / kElements, count / kElements);
+    }
+  }
+  // From one tile to the next, in W's storage.
+  __device__ static int64_t column_step(int64_t pitch) {
+    return kContiguous ? kPackedTileBytes : Traits::kDepth * pitch;
+  }
+  // `left`: depths from this tile on; what is beyond is zeros.
+  __device__ void copy_part(uint32_t rows_to, uint32_t columns_to, int left) const {
+    rows.copy_part(rows_to, left * Traits::kElementBytes);
+    columns.copy_part(columns_to, kContiguous ? left * Traits::kElementBytes : left);
+  }
+  __device__ void copy(uint32_t rows_to, uint32_t columns_to) const {
+    rows.copy(rows_to);
+    columns.copy(columns_to);
   }
 };
 

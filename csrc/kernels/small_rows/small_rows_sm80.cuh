@@ -91,15 +91,8 @@ struct Traits {
 template <typename Traits>
 class Block {
   using Gemm = typename Traits::Gemm;
-  static constexpr lora_gemm::Tile kTile = Gemm::kTile;
-  static constexpr int kRowTileBytes = kTile.rows * kPackedTileBytes;
-  static constexpr int kColumnRowBytes =
-      Gemm::kDepthContiguous ? kPackedTileBytes : kTile.columns * Gemm::kElementBytes;
-  using RowShape = lora_gemm::CopyShape<kTile.rows, kPackedTileBytes, Gemm::kThreads>;
-  using ColumnShape = lora_gemm::CopyShape<Gemm::kDepthContiguous ? kTile.columns : Gemm::kDepth,
-                                           kColumnRowBytes, Gemm::kThreads>;
-  using ColumnCopies = std::conditional_t<Gemm::kDepthContiguous, lora_gemm::RowCopies<ColumnShape>,
-                                          lora_gemm::DepthCopies<ColumnShape>>;
+  using Copies = lora_gemm::TileCopies<Gemm>;
+  static constexpr int kRowTileBytes = Copies::kRowTileBytes;
 
  public:
   __device__ Block(const Params& p, unsigned char* shared)
@@ -109,13 +102,8 @@ class Block {
         first_column_(static_cast<int>(blockIdx.x) * Traits::kColumns),
         tiles_((p.depth + Gemm::kDepth - 1) / Gemm::kDepth) {
     if (is_rank_warp()) return;
-    rows_.begin(p.x, p.x_pitch, first_row_, p.rows);
-    if constexpr (Gemm::kDepthContiguous) {
-      columns_.begin(p.weight, p.weight_pitch, first_column_, p.columns);
-    } else {
-      constexpr int kElements = kChunkBytes / Gemm::kElementBytes;
-      columns_.begin(p.weight, p.weight_pitch, first_column_ / kElements, p.columns / kElements);
-    }
+    copies_.begin_rows(p.x, p.x_pitch, first_row_, p.rows);
+    copies_.begin_columns(p.weight, p.weight_pitch, first_column_, p.columns);
   }
 
   __device__ void run() {
@@ -199,24 +187,14 @@ class Block {
                                    p_.depth,  p_.rank, rank_warp() * Traits::kWarpRanks};
         Traits::Tile::copy_chunks(factor_tile(stage), slice, depth, lane());
       } else {
-        const int left = p_.depth - depth;
         const uint32_t to = stage_address(stage);
-        rows_.copy_part(to + swizzled<kPackedTileBytes>(RowShape::row(), RowShape::chunk()),
-                        left * Gemm::kElementBytes);
-        columns_.copy_part(to + kRowTileBytes + column_offset(),
-                           Gemm::kDepthContiguous ? left * Gemm::kElementBytes : left);
-        rows_.from += kPackedTileBytes;
-        columns_.from += Gemm::kDepthContiguous ? kPackedTileBytes : Gemm::kDepth * p_.weight_pitch;
+        copies_.copy_part(to + Copies::row_offset(), to + Copies::column_offset(),
+                          p_.depth - depth);
+        copies_.rows.from += kPackedTileBytes;
+        copies_.columns.from += Copies::column_step(p_.weight_pitch);
       }
     }
     ptx::cp_async_commit();
-  }
-  __device__ static int column_offset() {
-    if constexpr (Gemm::kDepthContiguous) {
-      return swizzled<kPackedTileBytes>(ColumnShape::row(), ColumnShape::chunk());
-    } else {
-      return lora_gemm::column_tile_offset<Gemm>(ColumnShape::row(), ColumnShape::chunk());
-    }
   }
 
   template <typename Element>
@@ -325,8 +303,7 @@ class Block {
   const Params& p_;
   unsigned char* const shared_;
   const int first_row_, first_column_, tiles_;
-  lora_gemm::RowCopies<RowShape> rows_;
-  ColumnCopies columns_;
+  Copies copies_;
 };
 
 // Grid: (tiles of columns, tiles of rows) of Traits::kThreads threads. Two blocks share an SM: told

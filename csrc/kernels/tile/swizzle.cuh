@@ -28,4 +28,14 @@ __device__ __forceinline__ constexpr int swizzled_pairs(int row, int chunk) {
   return row * kRowBytes + (chunk ^ (2 * permutation)) * kChunkBytes;
 }
 
+// The one of the two for elements of kElementBytes.
+template <int kElementBytes, int kRowBytes>
+__device__ __forceinline__ constexpr int fragment_offset(int row, int chunk) {
+  if constexpr (kElementBytes == 4) {
+    return swizzled_pairs<kRowBytes>(row, chunk);
+  } else {
+    return swizzled<kRowBytes>(row, chunk);
+  }
+}
+
 }  // namespace fused_lora::kernels
