@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.emulator import Machine, Output, native
+from tests.emulator import Machine, Output
 from tests.emulator.cuda_runtime import runtime
 from tests.emulator.machine import Buffer, Result
-from tests.emulator.toolchain import compile_launchers
+from tests.kernels import bridge
 from tests.kernels.structures import (
     DTYPE_OF,
     BackwardCall,
@@ -30,7 +30,6 @@ from tests.kernels.structures import (
     ForwardCall,
     MatrixView,
     Problem,
-    check_sizes,
 )
 from tests.operands import F32, Operands
 
@@ -52,18 +51,11 @@ class Facts(ctypes.Structure):
 
 
 @functools.cache
-def load(arch: str = "sm_80") -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """All of csrc/kernels, with call_launcher.cpp's interface."""
-    native.library()
-    sources = [
-        Path(__file__).with_name("call_launcher.cpp"),
-        *sorted((CSRC / "kernels").rglob("*.cpp")),
-        *sorted((CSRC / "kernels").rglob("*.cu")),
-    ]
-    path = compile_launchers(sources, arch=arch, library=native.build_library(), include=[CSRC])
-    library = ctypes.CDLL(str(path))
-    check_sizes(library, (ForwardCall, BackwardCall, Device, Facts))
-    return library
+    kernels = CSRC / "kernels"
+    sources = [*sorted(kernels.rglob("*.cpp")), *sorted(kernels.rglob("*.cu"))]
+    return bridge.load("call_launcher.cpp", sources, (ForwardCall, BackwardCall, Device, Facts))
 
 
 @dataclass(frozen=True)

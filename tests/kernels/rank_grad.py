@@ -12,7 +12,7 @@ import torch
 
 from tests.emulator import Machine, native
 from tests.emulator.devices import device
-from tests.emulator.toolchain import compile_launchers
+from tests.kernels import bridge
 from tests.kernels.structures import (
     Arithmetic,
     Device,
@@ -20,7 +20,6 @@ from tests.kernels.structures import (
     RankDownGrad,
     RankGrad,
     ReducePartials,
-    check_sizes,
 )
 from tests.operands import BF16, F16, F32
 
@@ -70,11 +69,9 @@ KINDS = [
 
 
 def load_launchers() -> ctypes.CDLL:
-    native.library()  # first: the launchers resolve the CUDA runtime's symbols in it
-    sources = [Path(__file__).parent / "rank_grad_launcher.cpp", FOLDER / "rank_grad.cpp", *SOURCES]
-    path = compile_launchers(sources, arch="sm_80", library=native.build_library(), include=[CSRC])
-    library = ctypes.CDLL(str(path))
-    check_sizes(library, (RankGrad, RankDownGrad, ReducePartials, Device))
+    sources = [FOLDER / "rank_grad.cpp", *SOURCES]
+    structures = (RankGrad, RankDownGrad, ReducePartials, Device)
+    library = bridge.load("rank_grad_launcher.cpp", sources, structures)
     for name in ("rank_grad_obstacle", "rank_down_grad_obstacle"):
         getattr(library, name).restype = ctypes.c_char_p
     library.packed_rank.restype = ctypes.c_int64

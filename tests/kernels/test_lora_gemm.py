@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fused_lora import reference
-from tests.emulator import Machine, Output, native
+from tests.emulator import Machine, Output
 from tests.emulator.devices import DEVICES
 from tests.emulator.machine import Launch, Result
 from tests.emulator.mutations import unnoticed_mutants
 from tests.emulator.oracles.conftest import load_launchers
 from tests.emulator.oracles.cutlass import GEMMS
 from tests.emulator.oracles.run import Operands, run_gemm
-from tests.emulator.toolchain import compile_launchers
+from tests.kernels import bridge
 from tests.kernels.rank_grad import far_apart
 from tests.kernels.structures import (
     DTYPE_OF,
@@ -28,7 +28,6 @@ from tests.kernels.structures import (
     Dropout,
     LoraGemm,
     MatrixView,
-    check_sizes,
 )
 from tests.operands import BF16, F16, F32
 
@@ -70,15 +69,8 @@ BY_KIND = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def launchers():
-    native.library()
-    sources = [
-        Path(__file__).parent / "lora_gemm_launcher.cpp",
-        *sorted(GEMM.glob("*_sm80.cu")),
-        GEMM / "lora_gemm.cpp",
-    ]
-    path = compile_launchers(sources, arch="sm_80", library=native.build_library(), include=[CSRC])
-    library = ctypes.CDLL(str(path))
-    check_sizes(library, (LoraGemm, Device))
+    sources = [*sorted(GEMM.glob("*_sm80.cu")), GEMM / "lora_gemm.cpp"]
+    library = bridge.load("lora_gemm_launcher.cpp", sources, (LoraGemm, Device))
     library.obstacle.restype = ctypes.c_char_p
     library.packed_rank.restype = ctypes.c_int64
     library.packed_rank.argtypes = [ctypes.c_int, ctypes.c_int64]

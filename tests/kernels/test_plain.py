@@ -14,7 +14,7 @@ import fused_lora
 from fused_lora import reference
 from tests.emulator import Machine, Output, native
 from tests.emulator.static_report import static_report
-from tests.emulator.toolchain import compile_launchers
+from tests.kernels import bridge
 from tests.kernels.structures import (
     DTYPE_OF,
     MASK_DTYPE_OF,
@@ -26,7 +26,6 @@ from tests.kernels.structures import (
     MatrixView,
     RankDown,
     RankGrad,
-    check_sizes,
 )
 from tests.operands import BF16, F16, F32
 
@@ -75,17 +74,8 @@ BY_KIND = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def plain():
-    native.library()
-    sources = [
-        Path(__file__).parent / "plain_launcher.cpp",
-        *KERNELS,
-        PLAIN / "dropout_mask.cu",
-        CSRC / "kernels" / "device.cu",
-    ]
-    path = compile_launchers(sources, arch="sm_80", library=native.build_library(), include=[CSRC])
-    library = ctypes.CDLL(str(path))
-    check_sizes(library, (RankDown, LoraGemm, RankGrad, MaskCall, Device))
-    return library
+    sources = [*KERNELS, PLAIN / "dropout_mask.cu", CSRC / "kernels" / "device.cu"]
+    return bridge.load("plain_launcher.cpp", sources, (RankDown, LoraGemm, RankGrad, MaskCall, Device))
 
 
 def draw(*shape, dtype, key, layout="rows"):

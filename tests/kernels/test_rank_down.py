@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from fused_lora import reference
-from tests.emulator import Machine, Output, native
+from tests.emulator import Machine, Output
 from tests.emulator.cuda_runtime import CudaError, runtime
 from tests.emulator.devices import DEVICES
 from tests.emulator.machine import Result
 from tests.emulator.static_report import _binary_tool
-from tests.emulator.toolchain import compile_launchers
+from tests.kernels import bridge
 from tests.kernels.structures import (
     DTYPE_OF,
     Arithmetic,
@@ -30,7 +30,6 @@ from tests.kernels.structures import (
     MatrixView,
     PackFactor,
     RankDown,
-    check_sizes,
 )
 from tests.operands import BF16, F16, F32
 
@@ -97,15 +96,8 @@ BY_KIND = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def launchers() -> ctypes.CDLL:
-    native.library()
-    sources = [
-        Path(__file__).parent / "rank_down_launcher.cpp",
-        *sorted(FOLDER.glob("*_sm80.cu")),
-        FOLDER / "rank_down.cpp",
-    ]
-    path = compile_launchers(sources, arch="sm_80", library=native.build_library(), include=[CSRC])
-    library = ctypes.CDLL(str(path))
-    check_sizes(library, (RankDown, Device))
+    sources = [*sorted(FOLDER.glob("*_sm80.cu")), FOLDER / "rank_down.cpp"]
+    library = bridge.load("rank_down_launcher.cpp", sources, (RankDown, Device))
     library.obstacle.restype = ctypes.c_char_p
     library.packed_rank.restype = ctypes.c_int64
     library.packed_rank.argtypes = [ctypes.c_int, ctypes.c_int64]
