@@ -1,0 +1,254 @@
+// Calls as products, and products as tasks.
+#include "cpu/fused/lora_linear.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "cpu/fused/product.h"
+
+namespace fused_lora::cpu::fused {
+namespace {
+
+const Kernels& kernels_of(Level level) {
+#if defined(FUSED_LORA_X86_LEVELS)
+  switch (level) {
+    case Level::kPlain:
+      break;
+    case Level::kAvx2:
+      return kernels_avx2();
+    case Level::kAvx512:
+      return kernels_avx512();
+    case Level::kAvx512Bf16:
+      return kernels_avx512_bf16();
+  }
+#else
+  (void)level;
+#endif
+  return kernels_plain();
+}
+
+// A thread's own memory for blocks, kept between calls.
+void* thread_scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t held = 0;
+  if (held < bytes) {
+    memory.reset();
+    held = 0;
+    void* allocated = nullptr;
+    if (posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    memory.reset(allocated);
+    held = bytes;
+  }
+  return memory.get();
+}
+
+int64_t parts(int64_t whole, int64_t part) {
+  return (whole + part - 1) / part;
+}
+
+// How a product's output is cut into blocks of nearly the same size. Every element is summed in the
+// same order however it is cut, so the cut may follow the number of threads.
+struct Cut {
+  int64_t row_blocks, columns, column_blocks;
+
+  int64_t tasks() const { return row_blocks * column_blocks; }
+};
+
+Cut cut_for(const Product& p, int threads) {
+  // Below this many rows laying out the panels is no longer small beside the work. More than the
+  // levels call few, too: how few rows are summed is not a matter of the cut.
+  constexpr int64_t kFewestRows = 64;
+  const int64_t rows_for = std::min<int64_t>(threads, p.rows / (2 * kFewestRows));
+  const bool by_rows = rows_for == threads;
+  Cut cut = {};
+  // Every thread gets as many blocks as any other: of rows, or where they are few, of columns.
+  cut.row_blocks = parts(p.rows, kBlockRows);
+  if (by_rows) cut.row_blocks = parts(cut.row_blocks, threads) * threads;
+  int64_t blocks = parts(p.columns, kBlockColumns);
+  if (!by_rows) blocks = parts(blocks, threads) * threads;
+  cut.columns = parts(parts(p.columns, blocks), kColumnStep) * kColumnStep;
+  cut.column_blocks = parts(p.columns, cut.columns);
+  // Thin outputs of many rows, then.
+  if (!by_rows && cut.tasks() < threads && p.rows >= 2 * kFewestRows) {
+    cut.row_blocks = std::max(cut.row_blocks, p.rows / kFewestRows);
+  }
+  return cut;
+}
+
+void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel) {
+  if (product.rows <= 0 || product.columns <= 0) return;
+  // A few microseconds of work are done before a second thread has begun.
+  constexpr int64_t kWorthThreads = int64_t{1} << 18;
+  const int64_t work = product.rows * product.columns * (product.depth + product.tail_depth);
+  const bool serial = parallel.run == nullptr || parallel.threads <= 1 || work < kWorthThreads;
+  const Cut cut = cut_for(product, serial ? 1 : parallel.threads);
+  const auto body = [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(kernels.scratch_bytes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / cut.column_blocks, j = task % cut.column_blocks;
+      const Block block = {i * product.rows / cut.row_blocks,
+                           (i + 1) * product.rows / cut.row_blocks, j * cut.columns,
+                           std::min(product.columns, (j + 1) * cut.columns)};
+      kernels.block(product, block, scratch);
+    }
+  };
+  using Closure = decltype(body);
+  if (serial || cut.tasks() == 1) {
+    body(0, cut.tasks());
+    return;
+  }
+  parallel.run(
+      parallel.context, cut.tasks(),
+      [](void* closure, int64_t begin, int64_t end) {
+        (*static_cast<Closure*>(closure))(begin, end);
+      },
+      const_cast<std::remove_const_t<Closure>*>(&body));
+}
+
+Operand operand(const MatrixView& view, DType stored, DType used) {
+  return {view.data, view.row_stride, view.column_stride, stored, used};
+}
+
+Operand dense(const void* data, int64_t columns, DType dtype) {
+  return {data, columns, 1, dtype, dtype};
+}
+
+// rows · factor, times alpha: h and g.
+Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
+                  float alpha, void* out) {
+  Product product;
+  product.rows = p.rows;
+  product.columns = p.rank;
+  product.depth = depth;
+  product.left = rows;
+  product.right = factor;
+  product.alpha = alpha;
+  product.out = {out, p.rank, 1, rank_dtype(p)};
+  return product;
+}
+
+// lowᵀ · rows, over all rows: dA, and dB transposed.
+Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_t columns,
+                  const Output& out) {
+  Product product;
+  product.rows = p.rank;
+  product.columns = columns;
+  product.depth = p.rows;
+  product.left = {low, 1, p.rank, rank_dtype(p), rank_dtype(p)};
+  product.right = rows;
+  product.out = out;
+  return product;
+}
+
+void mask(Product* product, MaskOn where, const Dropout& dropout) {
+  if (!dropout.active()) return;
+  product->mask = where;
+  product->dropout = dropout;
+  if (where == MaskOn::kTail) {
+    product->tail_scale = dropout.scale;
+  } else {
+    product->alpha *= dropout.scale;
+  }
+}
+
+}  // namespace
+
+bool supported(Level level) {
+#if defined(FUSED_LORA_X86_LEVELS)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  switch (level) {
+    case Level::kPlain:
+      return true;
+    case Level::kAvx2:
+      return avx2;
+    case Level::kAvx512:
+      return avx512;
+    case Level::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return level == Level::kPlain;
+}
+
+Level best_level() {
+  for (const Level level : {Level::kAvx512Bf16, Level::kAvx512, Level::kAvx2}) {
+    if (supported(level)) return level;
+  }
+  return Level::kPlain;
+}
+
+void run(const ForwardCall& call, Level level, const Parallel& parallel) {
+  const Problem& p = call.problem;
+  const Kernels& kernels = kernels_of(level);
+  const DType low = rank_dtype(p);
+
+  Product h =
+      rank_down(p, operand(call.x, p.dtype, p.dtype), p.in_features,
+                operand(call.lora_a.transposed(), p.adapter_dtype, low), call.scaling, call.h);
+  mask(&h, MaskOn::kLeft, call.dropout);
+  run_product(h, kernels, parallel);
+
+  Product y;
+  y.rows = p.rows;
+  y.columns = p.out_features;
+  y.depth = p.in_features;
+  y.left = operand(call.x, p.dtype, p.dtype);
+  y.right = operand(call.weight.transposed(), p.dtype, p.dtype);
+  y.tail_depth = p.rank;
+  y.tail_left = dense(call.h, p.rank, low);
+  y.tail_right = operand(call.lora_b.transposed(), p.adapter_dtype, low);
+  y.start = call.bias;
+  y.start_dtype = p.dtype;
+  y.out = {call.y, p.out_features, 1, p.dtype};
+  run_product(y, kernels, parallel);
+}
+
+void run(const BackwardCall& call, Level level, const Parallel& parallel) {
+  const Problem& p = call.problem;
+  const Kernels& kernels = kernels_of(level);
+  const DType low = rank_dtype(p);
+  const Operand dy = operand(call.dy, p.dtype, p.dtype);
+
+  if (call.dx != nullptr || call.dlora_a != nullptr) {
+    run_product(rank_down(p, dy, p.out_features, operand(call.lora_b, p.adapter_dtype, low),
+                          call.scaling, call.g),
+                kernels, parallel);
+  }
+  if (call.dlora_b != nullptr) {
+    run_product(
+        rank_grad(p, call.h, dy, p.out_features, {call.dlora_b, 1, p.rank, p.adapter_dtype}),
+        kernels, parallel);
+  }
+  if (call.dx != nullptr) {
+    Product dx;
+    dx.rows = p.rows;
+    dx.columns = p.in_features;
+    dx.depth = p.out_features;
+    dx.left = dy;
+    dx.right = operand(call.weight, p.dtype, p.dtype);
+    dx.tail_depth = p.rank;
+    dx.tail_left = dense(call.g, p.rank, low);
+    dx.tail_right = operand(call.lora_a, p.adapter_dtype, low);
+    dx.out = {call.dx, p.in_features, 1, p.dtype};
+    mask(&dx, MaskOn::kTail, call.dropout);
+    run_product(dx, kernels, parallel);
+  }
+  if (call.dlora_a != nullptr) {
+    Product da = rank_grad(p, call.g, operand(call.x, p.dtype, p.dtype), p.in_features,
+                           {call.dlora_a, p.in_features, 1, p.adapter_dtype});
+    mask(&da, MaskOn::kRight, call.dropout);
+    run_product(da, kernels, parallel);
+  }
+}
+
+}  // namespace fused_lora::cpu::fused

@@ -1,0 +1,45 @@
+// The kernels behind C functions, for ctypes, with threads of the test's own.
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "cpu/fused/lora_linear.h"
+
+namespace {
+
+using namespace fused_lora::cpu::fused;
+
+// Tasks go to whichever thread asks next, so that who takes what differs from run to run.
+void run_on_threads(void* context, int64_t tasks, Parallel::Body body, void* closure) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t task = next++; task < tasks; task = next++) body(closure, task, task + 1);
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < *static_cast<int*>(context); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int level_supported(int level) {
+  return supported(static_cast<Level>(level));
+}
+
+__attribute__((visibility("default"))) int level_best() {
+  return static_cast<int>(best_level());
+}
+
+__attribute__((visibility("default"))) void forward(const ForwardCall* call, int level,
+                                                    int threads) {
+  run(*call, static_cast<Level>(level), {run_on_threads, &threads, threads});
+}
+
+__attribute__((visibility("default"))) void backward(const BackwardCall* call, int level,
+                                                     int threads) {
+  run(*call, static_cast<Level>(level), {run_on_threads, &threads, threads});
+}
+}
