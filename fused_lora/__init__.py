@@ -9,7 +9,7 @@ from fused_lora.explanation import explain
 from fused_lora.files import AdapterFileError, load_adapter, save_adapter
 from fused_lora.layer import LoRALinear, LoRASettings
 from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear
-from fused_lora.paths import use_path
+from fused_lora.paths import use_cpu_level, use_path
 from fused_lora.report import Report
 from fused_lora.swap import add_lora, disabled, merge, remove_lora, set_adapter, unmerge
 
@@ -35,6 +35,7 @@ __all__ = [
     "share_choices",
     "unfuse",
     "unmerge",
+    "use_cpu_level",
     "use_path",
 ]
 

@@ -1,25 +1,29 @@
-"""Which of two paths "auto" takes on CUDA: the fused kernels, or torch's own GEMMs (composed).
+"""Which of two paths "auto" takes: the fused kernels, or torch's own GEMMs (composed).
 
 The compiled half asks `decide` at the first call of a class of shapes (dtypes, rank, sizes, rows by powers of
-two, layouts, dropout, the gradients that are needed) and keeps the answer for the process, so that a
-checkpoint's recompute takes the path of its forward. Of these rules the first that applies decides:
+two, layouts, dropout, the gradients that are needed, on the CPU the number of threads) and keeps the answer
+for the process, so that a checkpoint's recompute takes the path of its forward. Of these rules the first that
+applies decides:
 
 1. Under torch.use_deterministic_algorithms nothing is asked. The fused kernels serve where they are presumed
-   faster: all of them are tensor-core kernels, and the device's tensor cores have no instructions beyond
-   theirs (Hopper and data-centre Blackwell do) or the rows are at most 128. Else composed does. No result
-   depends on a file or a clock.
+   faster: on the CPU everywhere; on a GPU if all of them are tensor-core kernels, and the device's tensor
+   cores have no instructions beyond theirs (Hopper and data-centre Blackwell do) or the rows are at most 128.
+   Else composed does. No result depends on a file or a clock.
 2. In a job of several ranks nothing is timed, since ranks would differ and a rank that waits for its GPU may
    hold up another. The first rule decides, until `share_choices` hands every rank what rank 0 remembers.
 3. What was timed before on this kind of device, with these versions, is remembered on disk.
-4. Both are timed on the call's own operands, which synchronises, once. Not while a CUDA graph is captured,
-   and not with FUSED_LORA_TIMING=0: there the first rule decides, for the rest of the process.
+4. Both are timed on the call's own operands, once: a few tens of milliseconds on the CPU, a synchronisation
+   on a GPU. Not while a CUDA graph is captured, and not with FUSED_LORA_TIMING=0: there the first rule
+   decides, for the rest of the process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import platform
 import re
 import tempfile
 import threading
@@ -50,13 +54,13 @@ class Choice:
 Table = dict[str, tuple[str, float, float]]
 
 _lock = threading.Lock()
-_made: dict[tuple[int, str], Choice] = {}
+_made: dict[tuple[str, str], Choice] = {}
 _remembered: dict[Path, Table] = {}
 _shared: Table = {}
 
 
-def decide(device: int, shape: str, presumed_faster: bool, time: Timer | None) -> str:
-    """The path for a shape class on a device, by its index; the rules are the module's.
+def decide(device: str, shape: str, presumed_faster: bool, time: Timer | None) -> str:
+    """The path for a shape class on a device ("cpu", "cuda:0"); the rules are the module's.
 
     time runs both paths and returns their milliseconds, None where memory does not suffice; it is None itself
     where nothing can be timed.
@@ -66,7 +70,7 @@ def decide(device: int, shape: str, presumed_faster: bool, time: Timer | None) -
         return _made.setdefault((device, shape), choice).path
 
 
-def _decide(device: int, shape: str, presumed_faster: bool, time: Timer | None) -> Choice:
+def _decide(device: str, shape: str, presumed_faster: bool, time: Timer | None) -> Choice:
     if several_ranks():
         if shape in _shared:
             return _timed(_shared[shape], "on rank 0")
@@ -100,7 +104,7 @@ def _timed(entry: tuple[str, float, float], when: str) -> Choice:
     return Choice(path, f"fused took {fused:.4g} ms, composed {composed:.4g} ms ({when})")
 
 
-def made(device: int, shape: str) -> Choice | None:
+def made(device: str, shape: str) -> Choice | None:
     """The choice that this process made for a shape class."""
     return _made.get((device, shape))
 
@@ -123,14 +127,18 @@ def share_choices() -> int:
     distributed = torch.distributed
     tables: list[Table | None] = [None]
     if distributed.get_rank() == 0:
-        tables[0] = _table(file_of(_device_name(torch.cuda.current_device())))
+        tables[0] = {
+            shape: entry
+            for device in _devices()
+            for shape, entry in _table(file_of(_device_name(device))).items()
+        }
     distributed.broadcast_object_list(tables, src=0)
     assert tables[0] is not None
     with _lock:
         _shared.clear()
         _shared.update(tables[0])
         _made.clear()
-    if BINARY.module is not None and hasattr(BINARY.module, "forget_choices"):
+    if BINARY.module is not None:
         BINARY.module.forget_choices()
     return len(_shared)
 
@@ -149,8 +157,23 @@ def file_of(device_name: str) -> Path:
     return directory() / (re.sub(r"[^\w.+-]+", "_", f"{device_name} fused-lora-{versions}") + ".json")
 
 
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+def _devices() -> list[str]:
+    """Those whose choices a job shares: the CPU, and the current GPU where there is one. What they remember
+    does not collide: a class of the CPU names its threads."""
+    return ["cpu", *([f"cuda:{torch.cuda.current_device()}"] if torch.cuda.is_available() else [])]
+
+
+def _device_name(device: str) -> str:
+    return _processor() if device == "cpu" else torch.cuda.get_device_name(torch.device(device))
+
+
+@functools.cache
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _table(path: Path) -> Table:

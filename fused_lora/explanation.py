@@ -55,17 +55,37 @@ def explain(
     for name, size in [*shape.items(), ("rank", rank)]:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"explain: {name} must be a number ≥ 1, got {size}")
-    if device.type != "cuda" or line.startswith("reference"):
+    if device.type not in ("cpu", "cuda") or line.startswith("reference"):
         return line
-    if dtype == torch.float64:
-        return "composed: there are no fused kernels for torch.float64"
+    if dtype == torch.float64 or (device.type == "cpu" and dtype == torch.float16):
+        return f"composed: there are no fused kernels for {dtype} tensors on {device.type!r}"
     if dtype not in (torch.float32, *_HALF):
         raise TypeError(f"explain: dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     adapter_dtype = adapter_dtype or torch.float32
     if adapter_dtype not in (dtype, torch.float32):
         raise TypeError(f"explain: adapter_dtype must be {dtype} or torch.float32, got {adapter_dtype}")
-    label, figures, index = _gpu(device, gpu)
     assert BINARY.module is not None
+    if device.type == "cpu":
+        if line.startswith("composed"):
+            return line
+        threads = torch.get_num_threads()
+        classes: dict[str, tuple[str, bool]] = BINARY.module.explain_cpu_shape(
+            **shape,
+            rank=rank,
+            bfloat16=dtype == torch.bfloat16,
+            masters=adapter_dtype != dtype,
+            round_adapters=autocast,
+            bias=bias,
+            dropout=dropout,
+            weight_transposed=weight_transposed,
+            threads=threads,
+        )
+        lines = [line, f"kernels: {BINARY.module.cpu_level()}, {threads} threads"]
+        if paths.asked() == "auto":
+            lines.append("choices:")
+            lines += [f"  {half}: {_choice('cpu', *what)}" for half, what in classes.items()]
+        return "\n".join(lines)
+    label, figures, found_device = _gpu(device, gpu)
     found: dict[str, tuple[str, str, bool]] = BINARY.module.explain_shape(
         **shape,
         rank=rank,
@@ -81,7 +101,9 @@ def explain(
     lines += [f"  {half}: {plan}" for half, (_, plan, _) in found.items()]
     if paths.asked() == "auto":
         lines.append("choices:")
-        lines += [f"  {half}: {_choice(index, *what)}" for half, what in found.items()]
+        lines += [
+            f"  {half}: {_choice(found_device, shape, fast)}" for half, (shape, _, fast) in found.items()
+        ]
     return "\n".join(lines)
 
 
@@ -93,27 +115,28 @@ def _path(device: torch.device) -> str:
     problem = paths.obstacle("composed", device.type, device.index)
     if problem is not None:
         return f"reference: {problem}"
-    if device.type == "cuda":
-        return "fused or composed: whichever is faster, once for each class of shapes (fused_lora.choices)"
-    return "composed: the fastest path that this version has for " + device.type
+    problem = paths.obstacle("fused", device.type, device.index)
+    if problem is not None:
+        return f"composed: {problem}"
+    return "fused or composed: whichever is faster, once for each class of shapes (fused_lora.choices)"
 
 
-def _gpu(device: torch.device, name: str) -> tuple[str, tuple[int, int, int], int | None]:
-    """A name, its figures, and the index of the GPU that has them; None where none is at hand."""
+def _gpu(device: torch.device, name: str) -> tuple[str, tuple[int, int, int], str | None]:
+    """A name, its figures, and the GPU that has them as choices know it; None where none is at hand."""
     if torch.cuda.is_available():
         index = torch.cuda.current_device() if device.index is None else device.index
         module: Any = BINARY.module
-        return torch.cuda.get_device_name(index), module.device_figures(index), index
+        return torch.cuda.get_device_name(index), module.device_figures(index), f"cuda:{index}"
     if name not in GPUS:
         raise ValueError(f"explain: gpu must be one of {', '.join(GPUS)}, got {name!r}")
     return f"the figures of an {name} (no GPU is at hand)", GPUS[name], None
 
 
-def _choice(index: int | None, shape: str, plan: str, presumed_faster: bool) -> str:
+def _choice(device: str | None, shape: str, presumed_faster: bool) -> str:
     if torch.are_deterministic_algorithms_enabled():
         choice: choices.Choice | None = choices.untimed(presumed_faster, "deterministic algorithms")
     else:
-        choice = None if index is None else choices.made(index, shape)
+        choice = None if device is None else choices.made(device, shape)
         if choice is None and choices.several_ranks():
             choice = choices.untimed(presumed_faster, "several ranks")
     return f"{choice.path}: {choice.reason}" if choice else "made at the first call, by timing both"

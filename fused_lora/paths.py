@@ -1,10 +1,10 @@
 """Which implementation computes a call: one op, several paths.
 
-fused       hand-written kernels, forward and backward (CUDA)
+fused       hand-written kernels, forward and backward (CUDA; on the CPU x86 with AVX2 or AVX-512)
 composed    torch's own GEMMs, the low-rank product accumulated in place (C++, fused_lora._C)
 reference   the equation in plain torch (fused_lora.reference)
-auto        on CUDA fused or composed, whichever is faster for the shape (fused_lora.choices); on the CPU
-            composed; reference where there is nothing else
+auto        fused or composed, whichever is faster for the shape (fused_lora.choices); reference where there
+            is nothing else
 
 A path asked for by name either serves or raises; only "auto" may choose.
 """
@@ -24,6 +24,8 @@ from fused_lora.binary import BINARY, FusedLoRAWarning
 
 PATHS = ("auto", "fused", "composed", "reference")
 VARIABLE = "FUSED_LORA_PATH"
+CPU_LEVELS = ("best", "plain", "avx2", "avx512", "avx512_bf16")
+CPU_LEVEL_VARIABLE = "FUSED_LORA_CPU_LEVEL"
 
 # Devices that the compiled ops have implementations for in every build. "meta" is the fakes'.
 _COMPILED_DEVICES = ("cpu", "meta")
@@ -45,8 +47,13 @@ def _tell_compiled(name: str) -> None:
 _asked = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 _warned: set[str] = set()
 _tell_compiled(_asked)
-if BINARY.module is not None and hasattr(BINARY.module, "set_policy"):
+_cpu_level = os.environ.get(CPU_LEVEL_VARIABLE, "best")
+if BINARY.module is not None:
     BINARY.module.set_policy(choices.decide)
+    try:
+        BINARY.module.set_cpu_level(_cpu_level)
+    except ValueError as error:
+        raise ValueError(f"{CPU_LEVEL_VARIABLE}: {str(error).splitlines()[0]}") from None
 
 
 def asked() -> str:
@@ -69,8 +76,9 @@ def obstacle(path: str, device_type: str, index: int | None = None) -> str | Non
         return None if torch.compiler.is_compiling() else _gpu_obstacle(index)
     if device_type not in _COMPILED_DEVICES:
         return f"fused_lora._C has no kernels for {device_type!r} tensors in this version"
-    if path == "fused" and device_type != "meta":
-        return f"there are no fused kernels for {device_type!r} tensors in this version"
+    if path == "fused" and device_type == "cpu":
+        assert BINARY.module is not None
+        return BINARY.module.cpu_obstacle() or None
     return None
 
 
@@ -112,7 +120,7 @@ def choose(device_type: str, index: int | None = None) -> str:
     if not compiled(device_type, index):
         return "reference"
     if _asked == "auto":
-        return "auto" if device_type == "cuda" else "composed"
+        return "auto"
     problem = obstacle(_asked, device_type, index)
     if problem is not None:
         raise RuntimeError(f"path {_asked!r} was asked for, but {problem}")
@@ -130,3 +138,21 @@ def use_path(name: str) -> Iterator[None]:
     finally:
         _asked = before
         _tell_compiled(_asked)
+
+
+@contextmanager
+def use_cpu_level(name: str) -> Iterator[None]:
+    """Within this context the CPU kernels of every thread use these instructions, one of CPU_LEVELS.
+
+    Raises ValueError for another name, and where the processor does not have them.
+    """
+    global _cpu_level
+    if BINARY.module is None:
+        raise RuntimeError(f"level {name!r} was asked for, but {BINARY.problem}")
+    BINARY.module.set_cpu_level(name)
+    before, _cpu_level = _cpu_level, name
+    try:
+        yield
+    finally:
+        _cpu_level = before
+        BINARY.module.set_cpu_level(before)

@@ -10,6 +10,8 @@ import fused_lora
 from fused_lora import LoRALinear, lora_linear, reference
 from tests.operands import BF16, F16, F32, F64, check_against_torch, forward_and_backward, operands
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 def under_autocast(op, dtype):
     def call(*args, **kwargs):

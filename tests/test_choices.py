@@ -1,4 +1,4 @@
-"""How `auto` chooses between two paths on CUDA, without a GPU: the rules, and what is remembered."""
+"""How `auto` chooses between two paths: the rules, and what is remembered."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv(choices.DIRECTORY_VARIABLE, str(tmp_path))
     monkeypatch.delenv(choices.TIMING_VARIABLE, raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(choices, "_device_name", lambda index: "GPU of a test")
+    monkeypatch.setattr(choices, "_device_name", lambda device: "GPU of a test")
     restart(monkeypatch)
     return tmp_path
 
@@ -53,32 +53,32 @@ def unexpected():
 )
 @pytest.mark.parametrize("presumed_faster", [False, True])
 def test_the_faster_one_is_taken(times, path, presumed_faster):
-    assert choices.decide(0, SHAPE, presumed_faster, timer(*times)) == path
-    assert choices.made(0, SHAPE).path == path
-    assert "timed now" in choices.made(0, SHAPE).reason
-    assert choices.made(0, OTHER) is None
+    assert choices.decide("cuda:0", SHAPE, presumed_faster, timer(*times)) == path
+    assert choices.made("cuda:0", SHAPE).path == path
+    assert "timed now" in choices.made("cuda:0", SHAPE).reason
+    assert choices.made("cuda:0", OTHER) is None
 
 
 def test_what_was_timed_is_remembered_for_other_processes(monkeypatch, cache):
-    choices.decide(0, SHAPE, True, timer(2.0, 1.0))
-    choices.decide(0, OTHER, True, timer(1.0, 2.0))
+    choices.decide("cuda:0", SHAPE, True, timer(2.0, 1.0))
+    choices.decide("cuda:0", OTHER, True, timer(1.0, 2.0))
     restart(monkeypatch)
-    assert choices.decide(0, SHAPE, True, unexpected) == "composed"
-    assert choices.decide(0, OTHER, True, None) == "fused"  # also where nothing can be timed
-    assert choices.made(0, SHAPE).reason == "fused took 2 ms, composed 1 ms (remembered)"
+    assert choices.decide("cuda:0", SHAPE, True, unexpected) == "composed"
+    assert choices.decide("cuda:0", OTHER, True, None) == "fused"  # also where nothing can be timed
+    assert choices.made("cuda:0", SHAPE).reason == "fused took 2 ms, composed 1 ms (remembered)"
     (file,) = cache.iterdir()
     assert json.loads(file.read_text())[SHAPE] == {"path": "composed", "fused_ms": 2.0, "composed_ms": 1.0}
 
 
 def test_two_processes_add_to_one_file(monkeypatch, cache):
-    choices.decide(0, SHAPE, True, timer(1.0, 2.0))
+    choices.decide("cuda:0", SHAPE, True, timer(1.0, 2.0))
     ours = choices._remembered
     restart(monkeypatch)
     (file,) = cache.iterdir()
     file.rename(cache / "elsewhere")
-    choices.decide(0, OTHER, True, timer(1.0, 2.0))  # a process that began before the file was there
+    choices.decide("cuda:0", OTHER, True, timer(1.0, 2.0))  # a process that began before the file was there
     monkeypatch.setattr(choices, "_remembered", ours)
-    choices.decide(0, "forward rows=32", True, timer(1.0, 2.0))
+    choices.decide("cuda:0", "forward rows=32", True, timer(1.0, 2.0))
     assert set(json.loads(file.read_text())) == {SHAPE, OTHER, "forward rows=32"}
 
 
@@ -119,10 +119,12 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(monkeypatch, te
     path = choices.file_of("GPU of a test")
     path.write_bytes(text.encode("latin-1"))
     with pytest.warns(FusedLoRAWarning, match="cannot read"):
-        assert choices.decide(0, SHAPE, True, timer(2.0, 1.0)) == "composed"
-    assert choices.decide(0, OTHER, True, timer(1.0, 2.0)) == "fused"  # warnings are errors in these tests
+        assert choices.decide("cuda:0", SHAPE, True, timer(2.0, 1.0)) == "composed"
+    assert (
+        choices.decide("cuda:0", OTHER, True, timer(1.0, 2.0)) == "fused"
+    )  # warnings are errors in these tests
     restart(monkeypatch)
-    assert choices.decide(0, SHAPE, True, unexpected) == "composed"
+    assert choices.decide("cuda:0", SHAPE, True, unexpected) == "composed"
 
 
 def test_a_directory_that_cannot_be_written_to_is_no_matter(monkeypatch, tmp_path):
@@ -130,35 +132,35 @@ def test_a_directory_that_cannot_be_written_to_is_no_matter(monkeypatch, tmp_pat
     monkeypatch.setenv(choices.DIRECTORY_VARIABLE, str(tmp_path / "file" / "below"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choices.decide(0, SHAPE, True, timer(2.0, 1.0)) == "composed"
-        assert choices.decide(0, SHAPE, True, unexpected) == "composed"  # this process knows
+        assert choices.decide("cuda:0", SHAPE, True, timer(2.0, 1.0)) == "composed"
+        assert choices.decide("cuda:0", SHAPE, True, unexpected) == "composed"  # this process knows
 
 
 @pytest.mark.parametrize("presumed_faster", [False, True])
 def test_where_nothing_can_be_timed_the_rule_decides(monkeypatch, cache, presumed_faster):
     path = "fused" if presumed_faster else "composed"
-    assert choices.decide(0, SHAPE, presumed_faster, None) == path
-    assert "a CUDA graph is captured" in choices.made(0, SHAPE).reason
-    assert choices.decide(0, OTHER, presumed_faster, lambda: None) == path
-    assert "too little memory" in choices.made(0, OTHER).reason
+    assert choices.decide("cuda:0", SHAPE, presumed_faster, None) == path
+    assert "a CUDA graph is captured" in choices.made("cuda:0", SHAPE).reason
+    assert choices.decide("cuda:0", OTHER, presumed_faster, lambda: None) == path
+    assert "too little memory" in choices.made("cuda:0", OTHER).reason
     monkeypatch.setenv(choices.TIMING_VARIABLE, "0")
-    assert choices.decide(1, SHAPE, presumed_faster, unexpected) == path
-    assert "FUSED_LORA_TIMING=0" in choices.made(1, SHAPE).reason
+    assert choices.decide("cuda:1", SHAPE, presumed_faster, unexpected) == path
+    assert "FUSED_LORA_TIMING=0" in choices.made("cuda:1", SHAPE).reason
     assert not list(cache.iterdir())  # only what was timed is remembered
 
 
 @pytest.mark.parametrize("world", ["2", "launched without torch.distributed"])
 def test_several_ranks_do_not_time_and_look_at_no_file(monkeypatch, world):
-    choices.decide(0, SHAPE, True, timer(2.0, 1.0))
+    choices.decide("cuda:0", SHAPE, True, timer(2.0, 1.0))
     restart(monkeypatch)
     if world == "2":
         monkeypatch.setenv("WORLD_SIZE", "2")
     else:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert choices.decide(0, SHAPE, True, unexpected) == "fused"
-    assert choices.decide(0, OTHER, False, unexpected) == "composed"
-    assert "several ranks" in choices.made(0, SHAPE).reason
+    assert choices.decide("cuda:0", SHAPE, True, unexpected) == "fused"
+    assert choices.decide("cuda:0", OTHER, False, unexpected) == "composed"
+    assert "several ranks" in choices.made("cuda:0", SHAPE).reason
 
 
 @pytest.mark.parametrize("world", ["1", "", "many"])
@@ -171,23 +173,49 @@ RANK = """
 import sys, torch
 from fused_lora import choices, share_choices
 rank = int(sys.argv[1])
-choices._device_name = lambda index: f"GPU {rank}"
-torch.cuda.current_device = lambda: rank
+choices._device_name = lambda device: f"machine {rank}"
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-assert choices.decide(rank, "a", True, None) == "fused"
+assert choices.decide("cpu", "a", True, None) == "fused"
 assert share_choices() == 1
-assert choices.made(rank, "a") is None
-print(choices.decide(rank, "a", True, None), choices.decide(rank, "b", True, None))
+assert choices.made("cpu", "a") is None
+print(choices.decide("cpu", "a", True, None), choices.decide("cpu", "b", True, None))
 torch.distributed.destroy_process_group()
 """
 
 
 def test_all_ranks_take_what_rank_0_remembers(monkeypatch, tmp_path):
-    monkeypatch.setattr(choices, "_device_name", lambda index: "GPU 0")
-    choices.decide(0, "a", True, timer(2.0, 1.0))
+    monkeypatch.setattr(choices, "_device_name", lambda device: "machine 0")
+    choices.decide("cpu", "a", True, timer(2.0, 1.0))
     command = [sys.executable, "-c", RANK]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["composed fused\n"] * 2
+
+
+TIMED = """
+import torch, fused_lora
+from fused_lora import choices
+torch.set_num_threads(2)
+x, w, a, b = torch.randn(40, 64), torch.randn(64, 64), torch.randn(4, 64), torch.randn(64, 4)
+explain = lambda: fused_lora.explain(rows=33, in_features=64, out_features=64, rank=4, dtype=torch.float32)
+assert "forward: made at the first call, by timing both" in explain()
+fused_lora.lora_linear(x, w, a, b)
+print(explain())
+torch.set_num_threads(1)
+print(explain())
+"""
+
+
+def test_on_the_cpu_the_op_itself_is_timed_once_for_a_number_of_threads(cache):
+    done = subprocess.run([sys.executable, "-c", TIMED], capture_output=True, text=True, check=True)
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    forward = [line for line in lines if line.startswith("forward:")]
+    assert "took" in forward[0]
+    assert "timed now" in forward[0]
+    assert "made at the first call" in forward[1]  # with another number of threads
+    (file,) = cache.iterdir()
+    (shape,) = json.loads(file.read_text())
+    assert shape.startswith("forward rows=64 in=64 out=64 rank=4 dtype=float32 adapters=float32 x=rows")
+    assert " threads=2 " in shape

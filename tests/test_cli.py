@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fused_lora
+from fused_lora import paths
 from fused_lora.binary import BINARY
 from fused_lora.cli import TARGET_SETS, main
 from fused_lora.paths import PATHS
@@ -50,8 +51,8 @@ def test_info_lists_versions_the_machine_the_build_and_the_paths(capsys):
     for fact, value in BINARY.facts.items():
         assert listed[f"build: {fact}"] == value
     for path in set(PATHS) - {"auto"}:
-        no_kernels = "there are no fused kernels for 'cpu' tensors in this version"
-        assert listed[f"path: {path} on cpu"] == (no_kernels if path == "fused" else "available")
+        problem = paths.obstacle(path, "cpu")
+        assert listed[f"path: {path} on cpu"] == (problem or "available")
         assert f"path: {path} on cuda" in listed
     for device in ("cpu", "cuda"):
         assert listed[f"a call on {device} takes"] == fused_lora.explain(device)
@@ -66,7 +67,7 @@ def test_info_says_why_a_gpu_is_not_used(capsys, monkeypatch):
 
 
 def test_info_names_the_problem_of_a_binary_that_does_not_load(capsys, monkeypatch):
-    from fused_lora import cli, paths
+    from fused_lora import cli
     from fused_lora.binary import Binary
 
     broken = Binary(None, {"torch": "1.0"}, "it was built for torch 1.0")

@@ -12,6 +12,8 @@ import fused_lora
 from fused_lora import dropout_mask, lora_linear, reference
 from tests.operands import BF16, F16, F32, F64, operands
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 CSRC = Path(__file__).parent.parent / "csrc"
 # Known answers that the authors publish with Random123 (kat_vectors, philox4x32 with 10 rounds):
 # counter, key, result.

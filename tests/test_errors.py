@@ -10,6 +10,8 @@ import fused_lora
 from fused_lora import dropout_mask, lora_linear
 from tests.operands import BF16, F16, F32, F64, operands
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 def changed(**changes):
     def make():

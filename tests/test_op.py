@@ -19,6 +19,8 @@ from tests.operands import (
     operands,
 )
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 # Leading dimensions, in, out, rank: one row, none, one column, odd sizes, several row blocks.
 SHAPES = [
     ((1,), 64, 64, 8),

@@ -13,6 +13,7 @@ import torch
 
 import fused_lora
 from fused_lora import binary, lora_linear, paths
+from fused_lora.binary import BINARY
 from tests.operands import operands
 
 
@@ -32,12 +33,12 @@ def calls_of_the_op(call) -> int:
     return sum(event.name == "fused_lora::lora_linear_forward" for event in profile.events())
 
 
-@pytest.mark.parametrize(("path", "count"), [("composed", 1), ("auto", 1), ("reference", 0)])
+@pytest.mark.parametrize(("path", "count"), [("composed", 1), ("fused", 1), ("auto", 1), ("reference", 0)])
 def test_a_path_asked_for_by_name_is_taken(path, count):
     given = operands()
     with fused_lora.use_path(path):
         assert calls_of_the_op(lambda: lora_linear(*given.tensors)) == count
-        assert fused_lora.explain().split(":")[0] == ("composed" if path == "auto" else path)
+        assert fused_lora.explain().split(":")[0] == ("fused or composed" if path == "auto" else path)
 
 
 def test_use_path_ends_with_its_context_and_reaches_other_threads():
@@ -47,7 +48,7 @@ def test_use_path_ends_with_its_context_and_reaches_other_threads():
         thread.start()
         thread.join()
     assert seen == ["reference"]
-    assert paths.choose("cpu") == "composed"
+    assert paths.choose("cpu") == "auto"
 
 
 def test_an_unknown_path_is_an_error():
@@ -77,19 +78,81 @@ def test_a_path_that_cannot_serve_is_an_error_where_it_is_asked_for_by_name():
 
 
 @pytest.mark.parametrize("op", [lora_linear, torch.ops.fused_lora.lora_linear])
-def test_fused_never_falls_through_to_another_path(op):
-    given = operands()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_fused_never_falls_through_to_another_path(op, dtype):
+    given = operands(dtype=dtype)
     leaves = [t.requires_grad_() for t in given.tensors]
     y = op(*leaves)
-    message = "path 'fused' was asked for, but there are no fused kernels for '?cpu'? tensors"
+    message = f"path 'fused' was asked for, but there are no fused kernels for {dtype} on the CPU"
     with fused_lora.use_path("fused"):
-        assert fused_lora.explain().startswith("fused: asked for, but there are no fused kernels")
         with pytest.raises(RuntimeError, match=message):
             op(*leaves)
         with pytest.raises(RuntimeError, match=message):
             y.sum().backward()
         assert fused_lora.dropout_mask(1, 2, 3, 0.5).shape == (2, 3)  # no path has another mask
     op(*leaves).sum().backward()
+
+
+def bits_of(given):
+    leaves = [t.requires_grad_() for t in given.tensors]
+    y = lora_linear(*leaves, **given.options)
+    return [y, *torch.autograd.grad(y.sum(), leaves)]
+
+
+def test_every_level_of_instructions_can_be_asked_for_and_they_agree():
+    given = operands((33,), 70, 50, 5, dropout_p=0.2)
+    results = {}
+    with fused_lora.use_path("fused"):
+        for level in paths.CPU_LEVELS:
+            try:
+                with fused_lora.use_cpu_level(level):
+                    assert level in ("best", BINARY.module.cpu_level())
+                    results[level] = bits_of(given)
+            except ValueError as error:
+                assert f"this processor, or this build, has no {level}" in str(error)  # noqa: PT017
+    assert len(results) >= 2
+    for result in results.values():
+        torch.testing.assert_close(result, results["plain"])
+    with pytest.raises(ValueError, match=r"level must be one of best, plain, .*, got 'sse9'"):
+        fused_lora.use_cpu_level("sse9").__enter__()
+    done = run("import fused_lora", FUSED_LORA_CPU_LEVEL="sse9")
+    assert "FUSED_LORA_CPU_LEVEL: level must be one of best, plain, " in done.stderr
+    code = "from fused_lora.binary import BINARY; print(BINARY.module.cpu_level())"
+    done = run(code, FUSED_LORA_CPU_LEVEL="plain")
+    assert done.stdout == "plain\n", done.stderr
+
+
+def test_explain_tells_of_the_cpus_kernels():
+    shape = {"rows": 128, "in_features": 576, "out_features": 1536}
+    text = fused_lora.explain("cpu", **shape)
+    assert f"kernels: {BINARY.module.cpu_level()}, {torch.get_num_threads()} threads" in text
+    with fused_lora.use_path("fused"):
+        assert "choices" not in fused_lora.explain("cpu", **shape)
+    for dtype in (torch.float16, torch.float64):
+        told = fused_lora.explain("cpu", **shape, dtype=dtype)
+        assert told == f"composed: there are no fused kernels for {dtype} tensors on 'cpu'"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "forward: fused: not timed (deterministic algorithms" in fused_lora.explain("cpu", **shape)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_processor_without_the_instructions_is_left_to_torch(monkeypatch):
+    class Old:
+        def cpu_obstacle(self):
+            return "there are no fused kernels for this processor: it has no AVX2"
+
+        def set_path(self, name):
+            pass
+
+    monkeypatch.setattr(paths, "BINARY", binary.Binary(Old(), {}, None))
+    monkeypatch.setattr("fused_lora.explanation.BINARY", paths.BINARY)
+    assert paths.choose("cpu") == "auto"
+    shape = {"rows": 1, "in_features": 8, "out_features": 8}
+    assert fused_lora.explain("cpu", **shape).startswith("composed: there are no fused kernels for this")
+    with fused_lora.use_path("fused"), pytest.raises(RuntimeError, match="this processor: it has no AVX2"):
+        paths.choose("cpu")
 
 
 class OldGPU:
@@ -141,9 +204,11 @@ def test_a_build_without_cuda_says_so_of_a_gpu(monkeypatch):
 
 
 def test_fused_from_the_environment():
-    code = "import torch, fused_lora as f; t = torch.ones(2, 2); f.lora_linear(t, t, t, t)"
-    done = run(code, FUSED_LORA_PATH="fused")
-    assert "RuntimeError: path 'fused' was asked for, but" in done.stderr
+    code = "import torch, fused_lora; t = torch.ones(2, 2, dtype={}); "
+    code += "print(fused_lora.lora_linear(t, t, t, t)[0])"
+    assert run(code.format("torch.float32"), FUSED_LORA_PATH="fused").stdout == "tensor([6., 6.])\n"
+    done = run(code.format("torch.float64"), FUSED_LORA_PATH="fused")
+    assert "path 'fused' was asked for, but" in done.stderr
 
 
 WITHOUT_BINARY = """
@@ -219,21 +284,67 @@ def test_the_facts_in_the_binary_are_those_beside_it():
     assert beside["torch"] == torch.__version__
 
 
-def test_many_threads_may_call_at_once():
+def gradients(leaves, given):
+    return torch.autograd.grad(lora_linear(*leaves, **given.options).sum(), leaves)
+
+
+@pytest.mark.parametrize("path", ["fused", "composed"])
+def test_many_threads_may_call_at_once(path):
     given = operands((64,), 64, 64, 8, dropout_p=0.3)
     leaves = [t.requires_grad_() for t in given.tensors]
-    expected = torch.autograd.grad(lora_linear(*leaves, **given.options).sum(), leaves)
     failures = []
 
     def work():
         for _ in range(20):
-            got = torch.autograd.grad(lora_linear(*leaves, **given.options).sum(), leaves)
+            got = gradients(leaves, given)
             if not all(torch.equal(g, e) for g, e in zip(got, expected, strict=True)):
                 failures.append("a gradient differs")
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with fused_lora.use_path(path):
+        expected = gradients(leaves, given)
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert not failures
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set that computes with a layer, as a tokeniser's or an encoder's would."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return lora_linear(*self.given.tensors)
+
+
+def test_forked_workers_compute():
+    """Behind a parent that has used its threads already."""
+    given = operands((256,), 256, 256, 8)
+    with fused_lora.use_path("fused"):
+        expected = lora_linear(*given.tensors)
+        loader = torch.utils.data.DataLoader(
+            Rows(given), num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        for y in loader:
+            torch.testing.assert_close(y[0], expected, rtol=0, atol=0)
+
+
+def test_the_number_of_threads_is_torchs_and_changes_no_bit():
+    given = operands((300,), 256, 512, 16, dropout_p=0.1)
+    before = torch.get_num_threads()
+    try:
+        with fused_lora.use_path("fused"):
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(bits_of(given))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_lora import lora_linear
+from fused_lora import lora_linear, use_path
 from tests.operands import DTYPES, GRADIENTS, check_against_torch, operands
 
 sizes = st.integers(1, 40)
 
 
+@pytest.mark.parametrize("path", ["auto", "composed"])
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     lead=st.lists(st.integers(0, 7), max_size=3).map(tuple),
@@ -28,7 +30,7 @@ sizes = st.integers(1, 40)
     key=st.integers(0, 2**16),
 )
 def test_op_is_as_exact_as_torch(
-    lead, in_features, out_features, rank, dtypes, bias, dropout_p, scaling, needs, transpose, gap, key
+    path, lead, in_features, out_features, rank, dtypes, bias, dropout_p, scaling, needs, transpose, gap, key
 ):
     case = operands(
         lead,
@@ -46,4 +48,5 @@ def test_op_is_as_exact_as_torch(
     if gap and lead:  # every second row of a larger tensor
         case.x = torch.cat([case.x, case.x], dim=-1)[..., :in_features]
     needed = tuple(name for name in GRADIENTS if name in needs and not (name == "bias" and not bias))
-    check_against_torch(case, lora_linear, needed)
+    with use_path(path):
+        check_against_torch(case, lora_linear, needed)

@@ -8,6 +8,8 @@ import torch
 import fused_lora
 from tests.operands import BF16, DTYPES, F32, operands
 
+pytestmark = pytest.mark.usefixtures("either_path")
+
 
 def saved_tensors(call) -> list[torch.Tensor]:
     saved: list[torch.Tensor] = []

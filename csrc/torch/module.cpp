@@ -7,8 +7,10 @@
 
 #include "build_facts.h"
 #include "torch/cast_cache.h"
+#include "torch/cpu/module.h"
 #include "torch/ops.h"
 #include "torch/path.h"
+#include "torch/policy.h"
 #ifdef FUSED_LORA_CUDA
 #include "torch/cuda/module.h"
 #endif
@@ -43,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
       "build_facts",
       [] { return std::unordered_map<std::string, std::string>{FUSED_LORA_BUILD_FACTS}; },
       "What this binary was built of, as {name: value}.");
+  fused_lora::add_policy_to(m);
+  fused_lora::cpu::add_to(m);
 #ifdef FUSED_LORA_CUDA
   fused_lora::cuda::add_to(m);
 #endif

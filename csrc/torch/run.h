@@ -1,43 +1,57 @@
-// One call of an op on CUDA, which either path can compute.
+// One call of an op, which either path can compute; and the ops as a device's backend serves them.
+//
+// A Backend is what a family of kernels is to the ops:
+//
+//     ForwardCall, BackwardCall       descriptions, as the kernels take them
+//     Backend(on)                     for a call on the tensor `on`, under a guard for its device
+//     obstacle(rows)                  why the kernels cannot serve a long operand; "" where they do
+//     view, problem, dropout, mask    what descriptions are filled with
+//     complete(shape)                 adds to a class what else a choice depends on
+//     presumed_faster(call), capturing(), time(fused, composed), launch(call)
 #pragma once
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <optional>
-#include <utility>
+#include <string>
+#include <tuple>
 
-#include "kernels/plan.h"
-#include "torch/cuda/choice.h"
-#include "torch/cuda/device.h"
-#include "torch/cuda/stream.h"
-#include "torch/cuda/timing.h"
+#include "composed/composed.h"
+#include "composed/shapes.h"
+#include "torch/checks.h"
+#include "torch/choice.h"
+#include "torch/ops.h"
+#include "torch/path.h"
 
-namespace fused_lora::cuda {
+namespace fused_lora {
 
-// Call: kernels::ForwardCall or BackwardCall. To be made under a guard for the device of `on`.
-template <typename Call>
+template <typename Backend, typename Call>
 class Run : public Candidate {
  public:
   bool presumed_faster() override {
     allocate();
-    return kernels::presumed_faster(plan());
+    return backend_.presumed_faster(call_);
   }
 
-  bool capturing() override { return is_capturing(stream_); }
+  bool capturing() override { return backend_.capturing(); }
 
   std::optional<Times> time() override {
     try {
-      return time_in_turns([this] { launch(); }, [this] { compose(); }, stream_);
+      return backend_.time([this] { launch(); }, [this] { compose(); });
     } catch (const c10::OutOfMemoryError&) {
       return std::nullopt;
     }
   }
 
  protected:
-  explicit Run(const at::Tensor& on) : on_(on), stream_(current_stream(on.device())) {}
+  explicit Run(const at::Tensor& on) : on_(on), backend_(on) {}
   ~Run() = default;
 
   virtual ShapeClass shape() const = 0;
@@ -46,34 +60,227 @@ class Run : public Candidate {
   // The other path, to be timed: the result is dropped.
   virtual void compose() = 0;
 
-  // Runs the kernels. The workspace goes back to torch's allocator at once: whatever gets that
-  // memory next is written after them, on the same stream.
   void launch() {
     allocate();
-    const auto planned = plan();
-    const auto bytes = static_cast<int64_t>(planned.workspace_bytes);
-    at::Tensor workspace;
-    if (bytes > 0) workspace = at::empty({bytes}, on_.options().dtype(at::kByte));
-    void* const memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
-    const cudaError_t error = kernels::run(call_, planned, memory, stream_);
-    if (error != cudaSuccess) check(error, "a launch of " + kernels::describe(planned));
+    backend_.launch(call_);
   }
 
   // Whether the kernels are to compute the call, with what was asked for.
   bool takes_kernels(Path asked) {
     if (asked != Path::kAuto) return asked == Path::kFused;
     if (call_.problem.rows == 0) return false;
+    ShapeClass of_call = shape();
+    backend_.complete(of_call);
     const bool deterministic = at::globalContext().deterministicAlgorithms();
-    return choose(shape(), deterministic, *this) == Path::kFused;
+    return choose(of_call, deterministic, *this) == Path::kFused;
   }
 
   Call call_;
   const at::Tensor& on_;
 
  private:
-  auto plan() const { return kernels::plan(call_, figures(on_.device())); }
-
-  cudaStream_t stream_;
+  Backend backend_;
 };
 
-}  // namespace fused_lora::cuda
+// What forward and backward are given alike.
+struct Parameters {
+  const at::Tensor &weight, &lora_a, &lora_b;
+  double scaling;
+  composed::Dropout dropout;
+  bool round_adapters;
+};
+
+// rows: x or dy as a matrix.
+template <typename Backend, typename Call>
+void describe(Call& call, const at::Tensor& rows, const Parameters& p) {
+  call.problem = Backend::problem(rows, p.weight, p.lora_a, p.round_adapters);
+  call.weight = Backend::view(p.weight);
+  call.lora_a = Backend::view(p.lora_a);
+  call.lora_b = Backend::view(p.lora_b);
+  call.scaling = p.scaling;
+  call.dropout = Backend::dropout(p.dropout);
+}
+
+using ForwardResult = std::tuple<at::Tensor, at::Tensor>;
+
+inline ForwardResult composed_forward(const at::Tensor& x, const Parameters& p,
+                                      const ops::OptionalTensor& bias) {
+  return composed::forward(x, p.weight, p.lora_a, p.lora_b, bias, p.scaling, p.dropout,
+                           p.round_adapters);
+}
+
+// x and dy are read as matrices where their strides let one be seen in them. Only permuted leading
+// dimensions do not: such rows are gathered first, as torch's own linear does.
+template <typename Backend>
+class Forward final : public Run<Backend, typename Backend::ForwardCall> {
+  using Base = Run<Backend, typename Backend::ForwardCall>;
+  using Base::call_;
+  using Base::on_;
+
+ public:
+  Forward(const at::Tensor& x, const Parameters& p, const ops::OptionalTensor& bias)
+      : Base(x), p_(p), bias_(bias), x_(composed::as_matrix(x)) {
+    describe<Backend>(call_, x_, p);
+    call_.x = Backend::view(x_);
+    if (bias) {
+      dense_bias_ = bias->contiguous();
+      call_.bias = dense_bias_.const_data_ptr();
+    }
+  }
+
+  ForwardResult operator()(Path asked) {
+    if (!this->takes_kernels(asked)) return composed_forward(on_, p_, bias_);
+    this->launch();
+    return {y_, h_};
+  }
+
+ private:
+  ShapeClass shape() const override { return forward_class(call_, on_.device()); }
+
+  void allocate() override {
+    if (y_.defined()) return;
+    const auto low = composed::rank_dtype(x_, p_.lora_a, p_.round_adapters);
+    y_ = at::empty(composed::with_last_size(on_, p_.weight.size(0)), x_.options());
+    h_ = at::empty({x_.size(0), p_.lora_a.size(0)}, x_.options().dtype(low));
+    call_.y = y_.mutable_data_ptr();
+    call_.h = h_.mutable_data_ptr();
+  }
+
+  void compose() override { composed_forward(on_, p_, bias_); }
+
+  const Parameters& p_;
+  const ops::OptionalTensor& bias_;
+  const at::Tensor x_;
+  at::Tensor dense_bias_, y_, h_;
+};
+
+inline composed::Gradients composed_backward(const at::Tensor& dy, const ops::OptionalTensor& x,
+                                             const ops::OptionalTensor& h, const Parameters& p,
+                                             const composed::Needed& needed) {
+  return composed::backward(dy, x, p.weight, p.lora_a, p.lora_b, h, p.scaling, p.dropout,
+                            p.round_adapters, needed);
+}
+
+template <typename Backend>
+class Backward final : public Run<Backend, typename Backend::BackwardCall> {
+  using Base = Run<Backend, typename Backend::BackwardCall>;
+  using Base::call_;
+  using Base::on_;
+
+ public:
+  Backward(const at::Tensor& dy, const ops::OptionalTensor& x, const ops::OptionalTensor& h,
+           const Parameters& p, const composed::Needed& needed)
+      : Base(dy), p_(p), x_(x), h_(h), needed_(needed), dy_(composed::as_matrix(dy)) {
+    describe<Backend>(call_, dy_, p);
+    call_.dy = Backend::view(dy_);
+    if (needs_a() || needs_weight()) x_rows_ = composed::as_matrix(*x);
+    if (needs_a()) call_.x = Backend::view(x_rows_);
+    if (needs_b()) {
+      dense_h_ = h->contiguous();
+      call_.h = dense_h_.const_data_ptr();
+    }
+  }
+
+  // A weight that trains has a gradient as large as itself: torch's own GEMM makes it.
+  composed::Gradients operator()(Path asked) {
+    if (!this->takes_kernels(asked)) return composed_backward(on_, x_, h_, p_, needed_);
+    this->launch();
+    at::Tensor dweight, dbias;
+    if (needs_weight()) dweight = at::mm(dy_.t(), x_rows_);
+    if (needed_[4]) dbias = dy_.sum(0);
+    return {dx_, dweight, dlora_a_, dlora_b_, dbias};
+  }
+
+ private:
+  bool needs_x() const { return needed_[0]; }
+  bool needs_weight() const { return needed_[1]; }
+  bool needs_a() const { return needed_[2]; }
+  bool needs_b() const { return needed_[3]; }
+
+  ShapeClass shape() const override {
+    return backward_class(call_, {needs_x(), needs_a(), needs_b()}, on_.device());
+  }
+
+  void allocate() override {
+    if (allocated_) return;
+    allocated_ = true;
+    const auto dense = [](at::IntArrayRef sizes, const at::Tensor& like) {
+      return at::empty(sizes, like.options());
+    };
+    if (needs_x()) dx_ = dense(composed::with_last_size(on_, p_.weight.size(1)), dy_);
+    if (needs_a()) dlora_a_ = dense(p_.lora_a.sizes(), p_.lora_a);
+    if (needs_b()) dlora_b_ = dense(p_.lora_b.sizes(), p_.lora_b);
+    const auto pointer = [](const at::Tensor& t) {
+      return t.defined() ? t.mutable_data_ptr() : nullptr;
+    };
+    call_.dx = pointer(dx_);
+    call_.dlora_a = pointer(dlora_a_);
+    call_.dlora_b = pointer(dlora_b_);
+  }
+
+  void compose() override {
+    composed_backward(on_, x_, h_, p_, {needs_x(), false, needs_a(), needs_b(), false});
+  }
+
+  const Parameters& p_;
+  const ops::OptionalTensor &x_, &h_;
+  const composed::Needed& needed_;
+  const at::Tensor dy_;
+  at::Tensor x_rows_, dense_h_, dx_, dlora_a_, dlora_b_;
+  bool allocated_ = false;
+};
+
+// The ops on a backend: check, choose a path, allocate, launch.
+template <typename Backend>
+struct Ops {
+  static ForwardResult forward(const at::Tensor& x, const at::Tensor& weight,
+                               const at::Tensor& lora_a, const at::Tensor& lora_b,
+                               const ops::OptionalTensor& bias, double scaling, double dropout_p,
+                               const ops::OptionalTensor& seed, bool round_adapters) {
+    checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
+    const c10::DeviceGuard guard(x.device());
+    const Parameters p = {weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask},
+                          round_adapters};
+    const Path asked = asked_path();
+    if (!may_take_kernels(asked, x)) return composed_forward(x, p, bias);
+    return Forward<Backend>(x, p, bias)(asked);
+  }
+
+  static composed::Gradients backward(const at::Tensor& dy, const ops::OptionalTensor& x,
+                                      const at::Tensor& weight, const at::Tensor& lora_a,
+                                      const at::Tensor& lora_b, const ops::OptionalTensor& h,
+                                      double scaling, double dropout_p,
+                                      const ops::OptionalTensor& seed, bool round_adapters,
+                                      composed::Needed needed) {
+    checks::backward_arguments(dy, x, weight, lora_a, lora_b, h, dropout_p, seed, round_adapters,
+                               needed);
+    const c10::DeviceGuard guard(dy.device());
+    const Parameters p = {weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask},
+                          round_adapters};
+    const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
+    const Path asked = asked_path();
+    const bool has_work = needs_x || needs_a || needs_b;
+    if (!has_work || !may_take_kernels(asked, dy)) return composed_backward(dy, x, h, p, needed);
+    return Backward<Backend>(dy, x, h, p, needed)(asked);
+  }
+
+  static at::Tensor dropout_mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,
+                                 int64_t row_offset, int64_t column_offset, at::ScalarType dtype) {
+    checks::mask_arguments(seed, rows, columns, p, row_offset, column_offset);
+    const c10::DeviceGuard guard(seed.device());
+    return Backend::mask(seed, rows, columns, p, row_offset, column_offset, dtype);
+  }
+
+ private:
+  // Whether the kernels come into question for a long operand. Asked for by name they serve or
+  // throw.
+  static bool may_take_kernels(Path asked, const at::Tensor& rows) {
+    if (asked == Path::kComposed) return false;
+    const std::string obstacle = Backend::obstacle(rows);
+    TORCH_CHECK(obstacle.empty() || asked != Path::kFused,
+                "lora_linear: path 'fused' was asked for, but ", obstacle);
+    return obstacle.empty();
+  }
+};
+
+}  // namespace fused_lora

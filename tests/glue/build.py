@@ -41,9 +41,9 @@ class Glue:
 
 def glue_sources() -> list[Path]:
     """All but what serves real CPU tensors and what asks torch for its CUDA stream."""
-    left_out = {CSRC / "torch" / "cpu.cpp", CSRC / "torch" / "cuda" / "stream.cpp"}
+    left_out = {*(CSRC / "torch" / "cpu").glob("*.cpp"), CSRC / "torch" / "cuda" / "stream.cpp"}
     layers = [path for layer in ("torch", "composed") for path in (CSRC / layer).rglob("*.cpp")]
-    here = [HERE / "device_memory.cpp", HERE / "run_on_emulator.cpp"]
+    here = [HERE / name for name in ("device_memory.cpp", "no_cpu_kernels.cpp", "run_on_emulator.cpp")]
     return sorted({*layers, *here} - left_out)
 
 

@@ -1,7 +1,7 @@
 #include "torch/cuda/explain.h"
 
 #include "kernels/plan.h"
-#include "torch/cuda/choice.h"
+#include "torch/choice.h"
 
 namespace fused_lora::cuda {
 
@@ -35,8 +35,8 @@ Explanation explain(const Example& example, const kernels::Device& device) {
           kernels::describe(backward_plan),
           kernels::presumed_faster(forward_plan),
           kernels::presumed_faster(backward_plan),
-          ShapeClass::of(forward, 0).text(),
-          ShapeClass::of(backward, {true, true, true}, 0).text()};
+          forward_class(forward, c10::kCUDA).text(),
+          backward_class(backward, {true, true, true}, c10::kCUDA).text()};
 }
 
 }  // namespace fused_lora::cuda

@@ -2,11 +2,8 @@
 
 #include <c10/core/DeviceGuard.h>
 
-#include <string>
 #include <tuple>
-#include <utility>
 
-#include "torch/cuda/choice.h"
 #include "torch/cuda/device.h"
 #include "torch/cuda/explain.h"
 #include "torch/cuda/operands.h"
@@ -15,27 +12,6 @@ namespace fused_lora::cuda {
 namespace {
 
 namespace py = pybind11;
-
-// decide(device, shape, presumed_faster, time) -> "fused" or "composed". time() -> (fused,
-// composed) in milliseconds, or None where memory does not suffice; None in its place where nothing
-// can be timed.
-void set_python_policy(py::function decide) {
-  // Never destroyed: a call may come until the interpreter is gone.
-  auto* const kept = new py::function(std::move(decide));
-  set_policy([kept](const ShapeClass& shape, Candidate& call) {
-    const py::gil_scoped_acquire gil;
-    const auto time = [&call]() -> std::optional<std::pair<double, double>> {
-      const py::gil_scoped_release no_gil;
-      const std::optional<Times> times = call.time();
-      if (!times) return std::nullopt;
-      return std::pair(times->fused, times->composed);
-    };
-    const py::object timer = call.capturing() ? py::object(py::none()) : py::cpp_function(time);
-    const bool fast = call.presumed_faster();
-    const auto path = (*kept)(shape.device, shape.text(), fast, timer).cast<std::string>();
-    return path == "fused" ? Path::kFused : Path::kComposed;
-  });
-}
 
 py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, int64_t rank,
                        at::ScalarType dtype, at::ScalarType adapter_dtype, bool round_adapters,
@@ -75,10 +51,6 @@ std::tuple<int, int, int> device_figures(int index) {
 }  // namespace
 
 void add_to(py::module_& m) {
-  m.def("set_policy", &set_python_policy, py::arg("decide"),
-        "Set who chooses between the fused and the composed path on CUDA.");
-  m.def("forget_choices", &forget_choices, py::call_guard<py::gil_scoped_release>(),
-        "Let every choice be made again.");
   m.def("device_figures", &device_figures, py::arg("index"),
         "A GPU's compute capability, multiprocessors and shared memory, as plans see them.");
   m.def("explain_shape", &explain_shape, py::arg("rows"), py::arg("in_features"),

@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "torch/cuda/choice.h"
+#include "torch/choice.h"
 
 namespace fused_lora::cuda {
 

@@ -1,0 +1,130 @@
+#include "torch/cpu/backend.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "common/dropout.h"
+#include "cpu/dropout_mask.h"
+#include "torch/cpu/level.h"
+
+namespace fused_lora::cpu {
+namespace {
+
+fused::DType kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat ? fused::DType::kFloat32 : fused::DType::kBFloat16;
+}
+
+void run_in_torchs_pool(void* /*context*/, int64_t tasks, fused::Parallel::Body body,
+                        void* closure) {
+  at::parallel_for(0, tasks, /*grain_size=*/1,
+                   [&](int64_t begin, int64_t end) { body(closure, begin, end); });
+}
+
+double milliseconds(const std::function<void()>& call) {
+  const auto began = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began)
+      .count();
+}
+
+double median(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+}  // namespace
+
+std::string Backend::obstacle(const at::Tensor& rows) {
+  const auto dtype = rows.scalar_type();
+  if (dtype == at::kFloat || dtype == at::kBFloat16) return level_obstacle();
+  return std::string("there are no fused kernels for torch.")
+      .append(dtype == at::kHalf ? "float16" : "float64")
+      .append(" on the CPU");
+}
+
+fused::MatrixView Backend::view(const at::Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  // A dimension of one element has no stride, and what the tensor says of it is arbitrary.
+  const int64_t column_stride = columns > 1 ? matrix.stride(1) : 1;
+  return {matrix.const_data_ptr(), rows > 1 ? matrix.stride(0) : columns, column_stride};
+}
+
+fused::Problem Backend::problem(const at::Tensor& rows, const at::Tensor& weight,
+                                const at::Tensor& lora_a, bool round_adapters) {
+  fused::Problem p;
+  p.rows = rows.size(0);
+  p.in_features = weight.size(1);
+  p.out_features = weight.size(0);
+  p.rank = lora_a.size(0);
+  p.dtype = kernel_dtype(rows.scalar_type());
+  p.adapter_dtype = kernel_dtype(lora_a.scalar_type());
+  p.round_adapters = round_adapters && p.dtype != p.adapter_dtype;
+  return p;
+}
+
+fused::Dropout Backend::dropout(const composed::Dropout& dropout) {
+  if (!dropout.active()) return {};
+  const DropoutRule rule = DropoutRule::from_probability(dropout.p);
+  return {static_cast<uint64_t>(*dropout.seed->const_data_ptr<int64_t>()), rule.keep,
+          static_cast<float>(rule.scale)};
+}
+
+at::Tensor Backend::mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,
+                         int64_t row_offset, int64_t column_offset, at::ScalarType dtype) {
+  return dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
+}
+
+// Medians, in turns. A long call is run a few times only, and its first counts: what is allocated
+// and loaded then is small beside it.
+Times Backend::time(const std::function<void()>& fused, const std::function<void()>& composed) {
+  constexpr double kLong = 20, kEnough = 60;  // milliseconds
+  constexpr size_t kFewest = 3, kMost = 25;
+  std::vector<double> of_fused, of_composed;
+  double spent = 0;
+  const auto round = [&] {
+    of_fused.push_back(milliseconds(fused));
+    of_composed.push_back(milliseconds(composed));
+    return of_fused.back() + of_composed.back();
+  };
+  if (round() < kLong) {
+    of_fused.clear();
+    of_composed.clear();
+  }
+  while (of_fused.size() < kFewest || (spent < kEnough && of_fused.size() < kMost)) {
+    spent += round();
+  }
+  return {median(of_fused), median(of_composed)};
+}
+
+bool presumed_faster(const fused::Problem& /*problem*/) {
+  return true;
+}
+
+void Backend::complete(ShapeClass& shape) const {
+  shape.threads = threads_;
+  shape.instructions = level_name();
+}
+
+int Backend::threads_here() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+void Backend::launch(const ForwardCall& call) const {
+  fused::run(call, level(), {run_in_torchs_pool, nullptr, threads_});
+}
+
+void Backend::launch(BackwardCall call) const {
+  at::Tensor g;
+  if (call.dx != nullptr || call.dlora_a != nullptr) {
+    const bool wide = fused::rank_dtype(call.problem) == fused::DType::kFloat32;
+    g = at::empty({call.problem.rows, call.problem.rank}, wide ? at::kFloat : at::kBFloat16);
+    call.g = g.mutable_data_ptr();
+  }
+  fused::run(call, level(), {run_in_torchs_pool, nullptr, threads_});
+}
+
+}  // namespace fused_lora::cpu

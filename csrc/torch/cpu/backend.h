@@ -1,0 +1,53 @@
+// The CPU kernels as the ops see them (torch/run.h).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <string>
+
+#include "composed/rows.h"
+#include "cpu/fused/lora_linear.h"
+#include "torch/choice.h"
+
+namespace fused_lora::cpu {
+
+// Whether the kernels are presumed faster than torch's GEMMs, which decides where nothing was
+// timed.
+bool presumed_faster(const fused::Problem& problem);
+
+class Backend {
+ public:
+  using ForwardCall = fused::ForwardCall;
+  using BackwardCall = fused::BackwardCall;
+
+  explicit Backend(const at::Tensor& /*on*/) : threads_(threads_here()) {}
+
+  static std::string obstacle(const at::Tensor& rows);
+  static fused::MatrixView view(const at::Tensor& matrix);
+  static fused::Problem problem(const at::Tensor& rows, const at::Tensor& weight,
+                                const at::Tensor& lora_a, bool round_adapters);
+  static fused::Dropout dropout(const composed::Dropout& dropout);
+  static at::Tensor mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,
+                         int64_t row_offset, int64_t column_offset, at::ScalarType dtype);
+
+  void complete(ShapeClass& shape) const;
+  static bool capturing() { return false; }
+  static Times time(const std::function<void()>& fused, const std::function<void()>& composed);
+
+  template <typename Call>
+  bool presumed_faster(const Call& call) const {
+    return cpu::presumed_faster(call.problem);
+  }
+
+  void launch(const ForwardCall& call) const;
+  void launch(BackwardCall call) const;
+
+ private:
+  // torch's, or 1 inside a parallel region of torch's.
+  static int threads_here();
+
+  int threads_;
+};
+
+}  // namespace fused_lora::cpu

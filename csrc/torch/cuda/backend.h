@@ -1,0 +1,75 @@
+// The CUDA kernels as the ops see them (torch/run.h).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <functional>
+#include <string>
+
+#include "kernels/plan.h"
+#include "torch/choice.h"
+#include "torch/cuda/device.h"
+#include "torch/cuda/mask.h"
+#include "torch/cuda/operands.h"
+#include "torch/cuda/stream.h"
+#include "torch/cuda/timing.h"
+
+namespace fused_lora::cuda {
+
+class Backend {
+ public:
+  using ForwardCall = kernels::ForwardCall;
+  using BackwardCall = kernels::BackwardCall;
+
+  explicit Backend(const at::Tensor& on) : on_(on), stream_(current_stream(on.device())) {}
+
+  static std::string obstacle(const at::Tensor& rows) {
+    return has_kernels(rows.scalar_type()) ? "" : "there are no fused kernels for torch.float64";
+  }
+  static auto view(const at::Tensor& matrix) { return cuda::view(matrix); }
+  static auto problem(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_a,
+                      bool round_adapters) {
+    return cuda::problem(rows, weight, lora_a, round_adapters);
+  }
+  static auto dropout(const composed::Dropout& dropout) { return cuda::dropout(dropout); }
+  static at::Tensor mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,
+                         int64_t row_offset, int64_t column_offset, at::ScalarType dtype) {
+    return cuda::dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
+  }
+
+  static void complete(ShapeClass& /*shape*/) {}
+  bool capturing() const { return is_capturing(stream_); }
+  Times time(const std::function<void()>& fused, const std::function<void()>& composed) const {
+    return time_in_turns(fused, composed, stream_);
+  }
+
+  template <typename Call>
+  bool presumed_faster(const Call& call) const {
+    return kernels::presumed_faster(plan(call));
+  }
+
+  // Runs the kernels. The workspace goes back to torch's allocator at once: whatever gets that
+  // memory next is written after them, on the same stream.
+  template <typename Call>
+  void launch(const Call& call) const {
+    const auto planned = plan(call);
+    const auto bytes = static_cast<int64_t>(planned.workspace_bytes);
+    at::Tensor workspace;
+    if (bytes > 0) workspace = at::empty({bytes}, on_.options().dtype(at::kByte));
+    void* const memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
+    const cudaError_t error = kernels::run(call, planned, memory, stream_);
+    if (error != cudaSuccess) check(error, "a launch of " + kernels::describe(planned));
+  }
+
+ private:
+  template <typename Call>
+  auto plan(const Call& call) const {
+    return kernels::plan(call, figures(on_.device()));
+  }
+
+  const at::Tensor& on_;
+  cudaStream_t stream_;
+};
+
+}  // namespace fused_lora::cuda
