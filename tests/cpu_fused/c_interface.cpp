@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/fused/lora_linear.h"
+#include "cpu/fused/weight_panels.h"
 
 namespace {
 
@@ -41,5 +42,24 @@ __attribute__((visibility("default"))) void forward(const ForwardCall* call, int
 __attribute__((visibility("default"))) void backward(const BackwardCall* call, int level,
                                                      int threads) {
   run(*call, static_cast<Level>(level), {run_on_threads, &threads, threads});
+}
+
+__attribute__((visibility("default"))) int weight_fits_panels(int64_t out_features,
+                                                              int64_t in_features) {
+  return fits_panels(out_features, in_features);
+}
+
+__attribute__((visibility("default"))) void pack(const MatrixView* weight, int64_t out_features,
+                                                 int64_t in_features, int dtype, void* panels,
+                                                 int threads) {
+  pack_weight(*weight, out_features, in_features, static_cast<DType>(dtype), panels,
+              {run_on_threads, &threads, threads});
+}
+
+__attribute__((visibility("default"))) void unpack(const void* panels, int64_t out_features,
+                                                   int64_t in_features, int dtype, void* weight,
+                                                   int threads) {
+  unpack_weight(panels, out_features, in_features, static_cast<DType>(dtype), weight,
+                {run_on_threads, &threads, threads});
 }
 }

@@ -38,6 +38,7 @@ class _Problem(ctypes.Structure):
         ("dtype", c_int32),
         ("adapter_dtype", c_int32),
         ("round_adapters", ctypes.c_bool),
+        ("weight_in_panels", ctypes.c_bool),
     )
 
 
@@ -123,8 +124,32 @@ def _dropout(p: float, seed: Tensor | None) -> _Dropout:
     return _Dropout(int(seed) & (2**64 - 1), *reference.dropout_rule(p))
 
 
+def fits_panels(weight: Tensor) -> bool:
+    return bool(library().weight_fits_panels(*map(c_int64, weight.shape)))
+
+
+def pack(weight: Tensor, threads: int = 1) -> Tensor:
+    """The panels of a weight N×K of any strides."""
+    panels = torch.full((weight.numel(),), torch.nan, dtype=weight.dtype)
+    sizes = map(c_int64, weight.shape)
+    view = ctypes.byref(_view(weight))
+    library().pack(view, *sizes, _dtype(weight), c_void_p(panels.data_ptr()), threads)
+    return panels
+
+
+def unpack(panels: Tensor, out_features: int, in_features: int, threads: int = 1) -> Tensor:
+    weight = torch.full((out_features, in_features), torch.nan, dtype=panels.dtype)
+    sizes = map(c_int64, weight.shape)
+    given, made = c_void_p(panels.data_ptr()), c_void_p(weight.data_ptr())
+    library().unpack(given, *sizes, _dtype(weight), made, threads)
+    return weight
+
+
 class Call:
-    """The op on matrices: x: M×K, weight: N×K, lora_a: r×K, lora_b: N×r, bias: N; any strides."""
+    """The op on matrices: x: M×K, weight: N×K, lora_a: r×K, lora_b: N×r, bias: N; any strides.
+
+    With panels, those are what the call reads, and of the weight only its shape.
+    """
 
     def __init__(
         self,
@@ -140,12 +165,16 @@ class Call:
         seed: Tensor | None = None,
         round_adapters: bool = False,
         threads: int = 1,
+        panels: Tensor | None = None,
     ) -> None:
         self.level, self.threads = LEVELS.index(level), threads
         self.x, self.weight, self.lora_a, self.lora_b, self.bias = x, weight, lora_a, lora_b, bias
         self.scaling, self.dropout = scaling, _dropout(dropout_p, seed)
         self.rank_dtype = x.dtype if round_adapters else lora_a.dtype
-        self.problem = _Problem(*x.shape, *lora_b.shape, _dtype(x), _dtype(lora_a), round_adapters)
+        dtypes = _dtype(x), _dtype(lora_a)
+        self.problem = _Problem(*x.shape, *lora_b.shape, *dtypes, round_adapters, panels is not None)
+        self.panels = panels
+        self.weight_view = _view(weight) if panels is None else _MatrixView(panels.data_ptr(), 0, 0)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(y, h)."""
@@ -153,7 +182,7 @@ class Call:
         # Not a number: what a kernel leaves unwritten is seen.
         y = torch.full((rows, self.weight.shape[0]), torch.nan, dtype=self.x.dtype)
         h = torch.full((rows, rank), torch.nan, dtype=self.rank_dtype)
-        views = map(_view, (self.x, self.weight, self.lora_a, self.lora_b))
+        views = _view(self.x), self.weight_view, _view(self.lora_a), _view(self.lora_b)
         bias = None if self.bias is None else self.bias.data_ptr()
         call = _ForwardCall(
             self.problem, *views, bias, self.scaling, self.dropout, y.data_ptr(), h.data_ptr()
@@ -171,10 +200,13 @@ class Call:
         }
         out = {name: tensor.data_ptr() for name, tensor in made.items()}
         g = torch.full(h.shape, torch.nan, dtype=self.rank_dtype)
-        views = map(_view, (dy, self.x, self.weight, self.lora_a, self.lora_b))
         call = _BackwardCall(
             self.problem,
-            *views,
+            _view(dy),
+            _view(self.x),
+            self.weight_view,
+            _view(self.lora_a),
+            _view(self.lora_b),
             h.data_ptr(),
             self.scaling,
             self.dropout,
@@ -200,7 +232,7 @@ class _Op(torch.autograd.Function):
         return None, *(made.get(name) for name in needs)
 
 
-def op(level: str, threads: int = 1, round_adapters: bool = False) -> Any:
+def op(level: str, threads: int = 1, round_adapters: bool = False, packed: bool = False) -> Any:
     """The op of a level as tests/operands.py calls one, differentiable once in x, A and B."""
 
     def lora_linear(
@@ -222,6 +254,7 @@ def op(level: str, threads: int = 1, round_adapters: bool = False) -> Any:
             seed=seed,
             round_adapters=round_adapters,
             threads=threads,
+            panels=pack(weight.detach()) if packed else None,
         )
         y: Tensor = _Op.apply(call, x, lora_a, lora_b)  # type: ignore[no-untyped-call]
         return y

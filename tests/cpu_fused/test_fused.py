@@ -25,6 +25,8 @@ SHAPES = [
     (24, 24, 1, 40),
     (1, 1, 1, 1),
     (129, 1023, 1024, 16),
+    (40, 1100, 70, 20),
+    (21, 2101, 45, 17),
     (600, 576, 576, 8),
     (256, 576, 192, 300),
     (900, 40, 300, 64),
@@ -134,6 +136,19 @@ def test_masters_may_be_rounded_first(level, dropout_p):
     for name in ("lora_a", "lora_b"):
         assert gradients[name].dtype == F32
         assert torch.equal(gradients[name].bfloat16(), narrow[name])
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_masters_are_rounded_alike_however_they_lie(level, rows):
+    given = operands((rows,), 150, 90, 20, BF16, F32)
+    expected = forward_and_backward(op(level, round_adapters=True), given)
+    for name in ("lora_a", "lora_b"):
+        stored = getattr(given, name)
+        for lies in (lambda t: t.t().contiguous().t(), lambda t: torch.stack([t, t], 2)[:, :, 0]):
+            setattr(given, name, lies(stored))
+            got = forward_and_backward(op(level, round_adapters=True), given)
+            torch.testing.assert_close(got, expected, **ROUNDING[BF16])
+        setattr(given, name, stored)
 
 
 def test_fp32_masters_mean_a_low_rank_path_in_fp32(level):

@@ -1,4 +1,9 @@
-// Few rows: laying W out would cost more than meeting it once, so it is read where it lies.
+// Few rows against columns of `right` that are contiguous in the depth, as those of Wᵀ are for
+// y = x Wᵀ: laying W out would cost more than meeting it once, so it is read where it lies.
+//
+// Memory is read at its full speed only in long runs, several of them side by side: so a few
+// columns at a time meet all rows from the depth's beginning to its end, and the next ones are
+// called into the second cache meanwhile.
 #pragma once
 
 #include "cpu/fused/tiles.h"
@@ -6,190 +11,208 @@
 namespace fused_lora::cpu::fused {
 namespace {
 
-// The sums of the lanes of kDotSums vectors.
-inline void add_lanes(F (&vectors)[kDotSums], float* sums) {
-  for (int first = 0; first < kDotSums; first += kWidth) {
-    F square[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) square[i] = vectors[first + i];
-    transpose(square);
+// Columns whose units lie side by side, `stride` bytes apart.
+struct Columns {
+  const char* data;
+  int64_t stride, count, units;
+  bool narrow;  // elements of bf16, alone or in pairs
+};
+
+// A group of columns, and what it meets.
+struct Dots {
+  const float* left;  // kDotStride apart, zeros to whole vectors
+  Columns right;
+  const float* tail_left;  // kTailStride apart, zeros to whole vectors
+  Columns tail_right;
+  float* sums;  // of the rows, `padded` apart
+  int64_t padded;
+};
+
+// Into the second cache: what comes later than the next lines.
+inline void prefetch_far(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+}
+
+// A vector of units at a column's place, kNarrow: of bf16.
+template <bool kPairs, bool kNarrow>
+inline F load_column(const char* at) {
+  if constexpr (kNarrow && !kPairs) return load_bf16(reinterpret_cast<const uint16_t*>(at));
+  return load(reinterpret_cast<const float*>(at));
+}
+
+template <int kRows, int kColumns, bool kPairs, bool kNarrow>
+inline __attribute__((always_inline)) void accumulate_dots(F (&sums)[kDotSums], const float* left,
+                                                           int64_t stride, const Columns& right,
+                                                           bool first_rows) {
+  constexpr int64_t kSize = kNarrow && !kPairs ? 2 : 4;
+  // Columns past the last are the last again: nobody reads their sums.
+  const char* columns[kColumns];
+  for (int64_t j = 0; j < kColumns; ++j) {
+    columns[j] = right.data + smaller(j, right.count - 1) * right.stride;
+  }
+  const int64_t ahead = kColumns * right.stride;
+  const auto meet = [&](int64_t unit, const auto& read) __attribute__((always_inline)) {
+    F rows[kRows];
 #pragma GCC unroll 4
-    for (int step = kWidth / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < step; ++i) square[i] = square[i] + square[i + step];
+    for (int i = 0; i < kRows; ++i) rows[i] = load(left + i * stride + unit);
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) {
+      const F column = read(columns[j] + kSize * unit);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        F& sum = sums[i * kColumns + j];
+        sum = multiply_add_units<kPairs>(rows[i], column, sum);
+      }
     }
-    store(sums + first, square[0]);
+  };
+  const int64_t whole = right.units / kWidth * kWidth;
+  if (first_rows) {
+    for (int64_t unit = 0; unit < whole; unit += kWidth) {
+      meet(unit, [&](const char* at) __attribute__((always_inline)) {
+        prefetch_far(at + ahead);
+        return load_column<kPairs, kNarrow>(at);
+      });
+    }
+  } else {
+    for (int64_t unit = 0; unit < whole; unit += kWidth) {
+      meet(unit, [&](const char* at)
+                     __attribute__((always_inline)) { return load_column<kPairs, kNarrow>(at); });
+    }
+  }
+  if (whole < right.units) {
+    meet(whole, [&](const char* at) __attribute__((always_inline)) {
+      return load_first(reinterpret_cast<const float*>(at), right.units - whole);
+    });
   }
 }
 
-template <bool kPairs>
-inline F multiply_add_units(F a, F b, F c) {
-  if constexpr (kPairs) return multiply_add_pairs(a, b, c);
-  return multiply_add(a, b, c);
-}
-
-// What dots of few rows are made of: rows of `left`, and columns of `right` that are contiguous in
-// the depth. The rest of the depth, less than a vector, lies in `rest`, padded with zeros.
-struct Dots {
-  const float* left;  // kDotStride apart
-  int64_t row, last_row;
-  const Operand* right;
-  int64_t begin, column, last_column;
-  int64_t units;  // in whole vectors
-  const float* rest;
-  bool has_rest;
-  const float* tail_left;   // kTailStride apart
-  const float* tail_right;  // so are a column's
-  int64_t tail_units;       // in whole vectors, padded
-};
-
-// sums[i * columns + j]: row i with column j, kDotSums of them. Rows and columns past the last are
-// the last again: nobody reads their sums.
-template <int kRows, bool kPairs, bool kTailPairs>
-void compute_dots(const Dots& dots, int group, float* out) {
-  constexpr int kColumns = kDotSums / kRows;
-  constexpr int kStep = kPairs ? 2 : 1;
+// Adds kRows×kColumns dots to the sums of rows row .. row+kRows-1.
+template <int kRows, int kColumns, bool kPairs, bool kNarrow, bool kTailPairs>
+void compute_dots(const Dots& dots, int64_t row) {
   F sums[kDotSums];
 #pragma GCC unroll 16
   for (int i = 0; i < kDotSums; ++i) sums[i] = splat(0.0f);
-  const float *rows[kRows], *tail_rows[kRows];
-  int64_t columns[kColumns];
-  for (int i = 0; i < kRows; ++i) {
-    const int64_t row = smaller(dots.row + i, dots.last_row);
-    rows[i] = dots.left + row * kDotStride;
-    tail_rows[i] = dots.tail_left + row * kTailStride;
+  if (dots.tail_right.units > 0) {
+    accumulate_dots<kRows, kColumns, kTailPairs, kTailPairs>(
+        sums, dots.tail_left + row * kTailStride, kTailStride, dots.tail_right, false);
   }
-  const int64_t first = group * kColumns;
-  for (int j = 0; j < kColumns; ++j) {
-    const int64_t column = smaller(dots.column + first + j, dots.last_column);
-    columns[j] = column * dots.right->column_stride + dots.begin;
-  }
-  for (int64_t unit = 0; unit < dots.tail_units; unit += kWidth) {
-    for (int j = 0; j < kColumns; ++j) {
-      const F column = load(dots.tail_right + (first + j) * kTailStride + unit);
-      for (int i = 0; i < kRows; ++i) {
-        F& sum = sums[i * kColumns + j];
-        sum = multiply_add_units<kTailPairs>(load(tail_rows[i] + unit), column, sum);
-      }
-    }
-  }
-  for (int64_t unit = 0; unit < dots.units; unit += kWidth) {
-    F row[kRows];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) row[i] = load(rows[i] + unit);
+  accumulate_dots<kRows, kColumns, kPairs, kNarrow>(sums, dots.left + row * kDotStride, kDotStride,
+                                                    dots.right, row == 0);
+  float made[kDotSums];
+#pragma GCC unroll 2
+  for (int first = 0; first < kRows * kColumns; first += kWidth) {
+    F square[kWidth];
 #pragma GCC unroll 16
-    for (int j = 0; j < kColumns; ++j) {
-      const F column = load_units<kPairs>(*dots.right, columns[j] + kStep * unit);
+    for (int i = 0; i < kWidth; ++i) square[i] = sums[first + i];
+    store(made + first, sum_lanes(square));
+  }
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        F& sum = sums[i * kColumns + j];
-        sum = multiply_add_units<kPairs>(row[i], column, sum);
-      }
+  for (int i = 0; i < kRows; ++i) {
+    float* to = dots.sums + (row + i) * dots.padded;
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; ++j) to[j] += made[i * kColumns + j];
+  }
+}
+
+// All rows, in groups of nearly the same height, against a group of columns.
+template <int kColumns, bool kPairs, bool kNarrow, bool kTailPairs>
+void compute_rows_of_dots(const Dots& dots, int64_t rows) {
+  constexpr int kHeight = kDotSums / kColumns;
+  const int64_t groups = parts(rows, kHeight);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t row = group * rows / groups, height = (group + 1) * rows / groups - row;
+    if constexpr (kHeight >= 4) {
+      if (height == 4) compute_dots<4, kColumns, kPairs, kNarrow, kTailPairs>(dots, row);
+      if (height == 3) compute_dots<3, kColumns, kPairs, kNarrow, kTailPairs>(dots, row);
     }
-  }
-  if (dots.has_rest) {
-    for (int j = 0; j < kColumns; ++j) {
-      const F column = load(dots.rest + (first + j) * kWidth);
-      for (int i = 0; i < kRows; ++i) {
-        F& sum = sums[i * kColumns + j];
-        sum = multiply_add_units<kPairs>(load(rows[i] + dots.units), column, sum);
-      }
+    if constexpr (kHeight >= 2) {
+      if (height == 2) compute_dots<2, kColumns, kPairs, kNarrow, kTailPairs>(dots, row);
     }
-  }
-  add_lanes(sums, out);
-}
-
-inline Operand transposed(Operand operand) {
-  const int64_t stride = operand.row_stride;
-  operand.row_stride = operand.column_stride;
-  operand.column_stride = stride;
-  return operand;
-}
-
-// Zeros from a row's units to the next whole vector.
-inline void pad_rows(float* units, int64_t rows, int64_t stride, int64_t count) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t unit = count; unit % kWidth != 0; ++unit) units[i * stride + unit] = 0.0f;
+    if (height == 1) compute_dots<1, kColumns, kPairs, kNarrow, kTailPairs>(dots, row);
   }
 }
 
-inline bool suits_dots(const Product& p, const Block& block) {
-  return block.row_end - block.row <= kFewRows && plain(p.right) && p.right.row_stride == 1 &&
+// As many columns at once as leave registers for the sums.
+inline int64_t dot_columns(int64_t rows) {
+  return rows == 1 ? kDotSums : rows == 2 ? kDotSums / 2 : kDotSums / 4;
+}
+
+template <bool kPairs, bool kNarrow, bool kTailPairs>
+void compute_group_of_dots(const Dots& dots, int64_t rows) {
+  if (rows == 1) {
+    compute_rows_of_dots<kDotSums, kPairs, kNarrow, kTailPairs>(dots, rows);
+  } else if (rows == 2) {
+    compute_rows_of_dots<kDotSums / 2, kPairs, kNarrow, kTailPairs>(dots, rows);
+  } else {
+    compute_rows_of_dots<kDotSums / 4, kPairs, kNarrow, kTailPairs>(dots, rows);
+  }
+}
+
+inline bool suits_dots(const Product& p) {
+  return p.rows <= kFewRows && p.right.layout == Layout::kStrided && p.right.row_stride == 1 &&
          p.tail_depth <= kTailUnits && p.mask != MaskOn::kTail && p.mask != MaskOn::kRight;
+}
+
+// Columns column .. column+count-1 from depth begin, an even one, to end: where they lie, or else
+// copied as units. wide: no single elements of bf16, neither.
+template <bool kPairs>
+Columns columns_of(const Operand& from, int64_t begin, int64_t end, int64_t column, int64_t count,
+                   bool wide, float* copy, int64_t stride) {
+  constexpr int kStep = kPairs ? 2 : 1;
+  const bool narrow = from.stored == DType::kBFloat16;
+  const bool whole = kPairs    ? (end - begin) % 2 == 0
+                     : !narrow ? true
+                               : !wide && (end - begin) % kWidth == 0;
+  const int64_t units = parts(end - begin, kStep);
+  if (whole && plain(from) && from.row_stride == 1) {
+    const int64_t size = narrow ? 2 : 4;
+    return {static_cast<const char*>(from.data) + size * (begin + column * from.column_stride),
+            size * from.column_stride, count, units, narrow};
+  }
+  copy_rows<kPairs>(transposed(from), column, count, begin, end, copy, stride);
+  return {reinterpret_cast<const char*>(copy), 4 * stride, count, units, kPairs};
 }
 
 template <bool kPairs, bool kTailPairs>
 void compute_block_of_dots(const Product& p, const Block& block, Scratch& scratch) {
   constexpr int kStep = kPairs ? 2 : 1;
   const int64_t rows = block.row_end - block.row, columns = block.column_end - block.column;
-  const int64_t padded = parts(columns, kWidth) * kWidth;
-  const int64_t tail_units = parts(p.tail_depth, kTailPairs ? 2 : 1);
+  const int64_t padded = parts(columns, kDotSums) * kDotSums;
+  const int64_t width = dot_columns(rows);
   float* sums = scratch.accumulators;
-  const Operand start = {p.start, 0, 1, p.start_dtype, p.start_dtype};
+  const Operand start = {p.start, 0, 1, p.start_dtype};
   for (int64_t c = 0; c < padded; ++c) {
     sums[c] = p.start != nullptr && c < columns ? element(start, 0, block.column + c) : 0.0f;
     for (int64_t i = 1; i < rows; ++i) sums[i * padded + c] = sums[c];
   }
+  Dots dots;
+  dots.left = scratch.dot_left;
+  dots.tail_left = scratch.dot_tail_left;
+  dots.padded = padded;
   copy_rows<kTailPairs>(p.tail_left, block.row, rows, 0, p.tail_depth, scratch.dot_tail_left,
                         kTailStride);
-  pad_rows(scratch.dot_tail_left, rows, kTailStride, tail_units);
+  pad_rows(scratch.dot_tail_left, rows, kTailStride, parts(p.tail_depth, kTailPairs ? 2 : 1));
 
   for (int64_t begin = 0; begin < larger(1, p.depth); begin += kStep * kDotUnits) {
     const int64_t end = smaller(p.depth, begin + kStep * kDotUnits);
-    const int64_t units = parts(end - begin, kStep);
-    const int64_t whole = (end - begin) / (kStep * kWidth) * kWidth;
+    const int64_t tail_end = begin == 0 ? p.tail_depth : 0;
     copy_rows<kPairs>(p.left, block.row, rows, begin, end, scratch.dot_left, kDotStride);
     if (p.mask == MaskOn::kLeft) {
-      mask_rows<kPairs>(p.dropout, block.row, rows, begin, end, scratch.dot_left, kDotStride,
-                        scratch.left_bits);
+      mask_rows<kPairs>(p.drawn, block.row, rows, begin, end, scratch.dot_left, kDotStride);
     }
-    pad_rows(scratch.dot_left, rows, kDotStride, units);
-    for (int64_t c = 0; c < columns; c += kDotSums) {
-      const int64_t count = smaller(kDotSums, columns - c);
-      Dots dots;
-      dots.left = scratch.dot_left;
-      dots.last_row = rows - 1;
-      dots.right = &p.right;
-      dots.begin = begin;
-      dots.column = block.column + c;
-      dots.last_column = block.column_end - 1;
-      dots.units = whole;
-      dots.has_rest = units > whole;
-      dots.rest = scratch.dot_rest;
-      if (dots.has_rest) {
-        copy_rows<kPairs>(transposed(p.right), block.column + c, count, begin + kStep * whole, end,
-                          scratch.dot_rest, kWidth);
-        pad_rows(scratch.dot_rest, count, kWidth, units - whole);
-      }
-      dots.tail_left = scratch.dot_tail_left;
-      dots.tail_right = scratch.dot_tail_right;
-      dots.tail_units = begin == 0 ? parts(tail_units, kWidth) * kWidth : 0;
-      if (dots.tail_units > 0) {
-        copy_rows<kTailPairs>(transposed(p.tail_right), block.column + c, count, 0, p.tail_depth,
-                              scratch.dot_tail_right, kTailStride);
-        pad_rows(scratch.dot_tail_right, count, kTailStride, tail_units);
-      }
-      int64_t height;
-      for (int64_t row = 0; row < rows; row += height) {
-        height = rows - row >= 3 ? 4 : rows - row;
-        dots.row = row;
-        const int64_t width = kDotSums / height;
-        for (int64_t group = 0; group * width < count; ++group) {
-          float made[kDotSums];
-          const int g = static_cast<int>(group);
-          if (height == 1) {
-            compute_dots<1, kPairs, kTailPairs>(dots, g, made);
-          } else if (height == 2) {
-            compute_dots<2, kPairs, kTailPairs>(dots, g, made);
-          } else {
-            compute_dots<4, kPairs, kTailPairs>(dots, g, made);
-          }
-          for (int64_t i = 0; i < smaller(height, rows - row); ++i) {
-            for (int64_t j = 0; j < smaller(width, count - group * width); ++j) {
-              sums[(row + i) * padded + c + group * width + j] += made[i * width + j];
-            }
-          }
-        }
+    pad_rows(scratch.dot_left, rows, kDotStride, parts(end - begin, kStep));
+    for (int64_t c = 0; c < columns; c += width) {
+      const int64_t count = smaller(width, columns - c);
+      const int64_t column = block.column + c;
+      dots.sums = sums + c;
+      dots.right =
+          columns_of<kPairs>(p.right, begin, end, column, count, false, scratch.panels, kDotStride);
+      dots.tail_right = columns_of<kTailPairs>(p.tail_right, 0, tail_end, column, count, true,
+                                               scratch.dot_tail_right, kTailStride);
+      if (kPairs || !dots.right.narrow) {
+        compute_group_of_dots<kPairs, kPairs, kTailPairs>(dots, rows);
+      } else {
+        compute_group_of_dots<kPairs, true, kTailPairs>(dots, rows);
       }
     }
   }

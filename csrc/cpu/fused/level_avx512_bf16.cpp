@@ -6,6 +6,7 @@
 
 // GCC's own header sets undefined vectors from themselves.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 // Only what follows is compiled for the level: nothing that other files share.
 #pragma GCC push_options

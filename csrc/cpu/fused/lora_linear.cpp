@@ -6,8 +6,9 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
-#include <type_traits>
+#include <utility>
 
+#include "cpu/fused/parallel.h"
 #include "cpu/fused/product.h"
 
 namespace fused_lora::cpu::fused {
@@ -31,22 +32,33 @@ const Kernels& kernels_of(Level level) {
   return kernels_plain();
 }
 
-// A thread's own memory for blocks, kept between calls.
-void* thread_scratch(int64_t bytes) {
+// Memory that is kept between calls.
+class Kept {
+ public:
+  void* of(int64_t bytes) {
+    if (held_ < bytes) {
+      memory_.reset();
+      held_ = 0;
+      void* allocated = nullptr;
+      if (posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+      memory_.reset(allocated);
+      held_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t held = 0;
-  if (held < bytes) {
-    memory.reset();
-    held = 0;
-    void* allocated = nullptr;
-    if (posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
-    memory.reset(allocated);
-    held = bytes;
-  }
-  return memory.get();
+  std::unique_ptr<void, Free> memory_;
+  int64_t held_ = 0;
+};
+
+// A thread's own, for blocks.
+void* thread_scratch(int64_t bytes) {
+  thread_local Kept memory;
+  return memory.of(bytes);
 }
 
 int64_t parts(int64_t whole, int64_t part) {
@@ -71,7 +83,7 @@ Cut cut_for(const Product& p, int threads) {
   // Every thread gets as many blocks as any other: of rows, or where they are few, of columns.
   cut.row_blocks = parts(p.rows, kBlockRows);
   if (by_rows) cut.row_blocks = parts(cut.row_blocks, threads) * threads;
-  int64_t blocks = parts(p.columns, kBlockColumns);
+  int64_t blocks = parts(p.columns, p.rows <= kFewRows ? kFewColumns : kBlockColumns);
   if (!by_rows) blocks = parts(blocks, threads) * threads;
   cut.columns = parts(parts(p.columns, blocks), kColumnStep) * kColumnStep;
   cut.column_blocks = parts(p.columns, cut.columns);
@@ -99,25 +111,60 @@ void run_product(const Product& product, const Kernels& kernels, const Parallel&
       kernels.block(product, block, scratch);
     }
   };
-  using Closure = decltype(body);
-  if (serial || cut.tasks() == 1) {
-    body(0, cut.tasks());
-    return;
-  }
-  parallel.run(
-      parallel.context, cut.tasks(),
-      [](void* closure, int64_t begin, int64_t end) {
-        (*static_cast<Closure*>(closure))(begin, end);
-      },
-      const_cast<std::remove_const_t<Closure>*>(&body));
+  run_tasks(serial ? Parallel{} : parallel, cut.tasks(), body);
 }
 
-Operand operand(const MatrixView& view, DType stored, DType used) {
-  return {view.data, view.row_stride, view.column_stride, stored, used};
+Operand operand(const MatrixView& view, DType dtype) {
+  return {view.data, view.row_stride, view.column_stride, dtype};
 }
 
 Operand dense(const void* data, int64_t columns, DType dtype) {
-  return {data, columns, 1, dtype, dtype};
+  return {data, columns, 1, dtype};
+}
+
+Operand transposed(Operand strided) {
+  std::swap(strided.row_stride, strided.column_stride);
+  return strided;
+}
+
+// A and B as the products take them.
+struct Factors {
+  Operand a, b;
+};
+
+// fp32 of any strides, rounded to bf16 along whichever dimension lies contiguous.
+Operand rounded(const MatrixView& view, int64_t rows, int64_t columns, const Kernels& kernels,
+                uint16_t* to) {
+  if (view.column_stride != 1 && view.row_stride == 1) {
+    return transposed(rounded(view.transposed(), columns, rows, kernels, to));
+  }
+  const auto* from = static_cast<const float*>(view.data);
+  for (int64_t i = 0; i < rows; ++i) {
+    kernels.round(from + i * view.row_stride, view.column_stride, columns, to + i * columns);
+  }
+  return dense(to, columns, DType::kBFloat16);
+}
+
+Factors factors(const Problem& p, const MatrixView& a, const MatrixView& b,
+                const Kernels& kernels) {
+  if (rank_dtype(p) == p.adapter_dtype) {
+    return {operand(a, p.adapter_dtype), operand(b, p.adapter_dtype)};
+  }
+  thread_local Kept memory;
+  const int64_t elements = p.rank * (p.in_features + p.out_features);
+  auto* to = static_cast<uint16_t*>(memory.of(elements * static_cast<int64_t>(sizeof(uint16_t))));
+  return {rounded(a, p.rank, p.in_features, kernels, to),
+          rounded(b, p.out_features, p.rank, kernels, to + p.rank * p.in_features)};
+}
+
+// W as the right operand of dx, or transposed, of y.
+Operand weight(const Problem& p, const MatrixView& view, bool transposed) {
+  if (!p.weight_in_panels) {
+    return operand(transposed ? view.transposed() : view, p.dtype);
+  }
+  const int64_t panel = kPanelRows * p.in_features;
+  if (transposed) return {view.data, 0, panel, p.dtype, Layout::kPanels};
+  return {view.data, panel, 0, p.dtype, Layout::kPanelsTransposed};
 }
 
 // rows · factor, times alpha: h and g.
@@ -141,16 +188,34 @@ Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_
   product.rows = p.rank;
   product.columns = columns;
   product.depth = p.rows;
-  product.left = {low, 1, p.rank, rank_dtype(p), rank_dtype(p)};
+  product.left = {low, 1, p.rank, rank_dtype(p)};
   product.right = rows;
   product.out = out;
   return product;
 }
 
-void mask(Product* product, MaskOn where, const Dropout& dropout) {
+// Draws the mask of x once for the products of a call, in memory of the calling thread: an eighth
+// of a byte for an element.
+Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels,
+                const Parallel& parallel) {
+  if (!dropout.active()) return {};
+  thread_local Kept memory;
+  const int64_t row_stride = parts(p.in_features, kMaskColumns) * (kMaskColumns / 8);
+  auto* bits = static_cast<uint8_t*>(memory.of(p.rows * row_stride));
+  // A draw of a row takes microseconds at most.
+  constexpr int64_t kWorthThreads = int64_t{1} << 16;
+  const int64_t tasks = parts(p.rows * p.in_features, kWorthThreads);
+  run_tasks(parallel, tasks, [&](int64_t begin, int64_t end) {
+    kernels.draw(dropout, begin * p.rows / tasks, end * p.rows / tasks, p.in_features, bits,
+                 row_stride);
+  });
+  return {bits, row_stride};
+}
+
+void mask(Product* product, MaskOn where, const Dropout& dropout, const Mask& drawn) {
   if (!dropout.active()) return;
   product->mask = where;
-  product->dropout = dropout;
+  product->drawn = drawn;
   if (where == MaskOn::kTail) {
     product->tail_scale = dropout.scale;
   } else {
@@ -191,22 +256,22 @@ void run(const ForwardCall& call, Level level, const Parallel& parallel) {
   const Problem& p = call.problem;
   const Kernels& kernels = kernels_of(level);
   const DType low = rank_dtype(p);
+  const Factors factor = factors(p, call.lora_a, call.lora_b, kernels);
 
-  Product h =
-      rank_down(p, operand(call.x, p.dtype, p.dtype), p.in_features,
-                operand(call.lora_a.transposed(), p.adapter_dtype, low), call.scaling, call.h);
-  mask(&h, MaskOn::kLeft, call.dropout);
+  Product h = rank_down(p, operand(call.x, p.dtype), p.in_features, transposed(factor.a),
+                        call.scaling, call.h);
+  mask(&h, MaskOn::kLeft, call.dropout, drawn_mask(p, call.dropout, kernels, parallel));
   run_product(h, kernels, parallel);
 
   Product y;
   y.rows = p.rows;
   y.columns = p.out_features;
   y.depth = p.in_features;
-  y.left = operand(call.x, p.dtype, p.dtype);
-  y.right = operand(call.weight.transposed(), p.dtype, p.dtype);
+  y.left = operand(call.x, p.dtype);
+  y.right = weight(p, call.weight, true);
   y.tail_depth = p.rank;
   y.tail_left = dense(call.h, p.rank, low);
-  y.tail_right = operand(call.lora_b.transposed(), p.adapter_dtype, low);
+  y.tail_right = transposed(factor.b);
   y.start = call.bias;
   y.start_dtype = p.dtype;
   y.out = {call.y, p.out_features, 1, p.dtype};
@@ -217,12 +282,14 @@ void run(const BackwardCall& call, Level level, const Parallel& parallel) {
   const Problem& p = call.problem;
   const Kernels& kernels = kernels_of(level);
   const DType low = rank_dtype(p);
-  const Operand dy = operand(call.dy, p.dtype, p.dtype);
+  const Factors factor = factors(p, call.lora_a, call.lora_b, kernels);
+  const Operand dy = operand(call.dy, p.dtype);
+  const bool masked = call.dx != nullptr || call.dlora_a != nullptr;
+  const Mask drawn = masked ? drawn_mask(p, call.dropout, kernels, parallel) : Mask{};
 
   if (call.dx != nullptr || call.dlora_a != nullptr) {
-    run_product(rank_down(p, dy, p.out_features, operand(call.lora_b, p.adapter_dtype, low),
-                          call.scaling, call.g),
-                kernels, parallel);
+    run_product(rank_down(p, dy, p.out_features, factor.b, call.scaling, call.g), kernels,
+                parallel);
   }
   if (call.dlora_b != nullptr) {
     run_product(
@@ -235,18 +302,18 @@ void run(const BackwardCall& call, Level level, const Parallel& parallel) {
     dx.columns = p.in_features;
     dx.depth = p.out_features;
     dx.left = dy;
-    dx.right = operand(call.weight, p.dtype, p.dtype);
+    dx.right = weight(p, call.weight, false);
     dx.tail_depth = p.rank;
     dx.tail_left = dense(call.g, p.rank, low);
-    dx.tail_right = operand(call.lora_a, p.adapter_dtype, low);
+    dx.tail_right = factor.a;
     dx.out = {call.dx, p.in_features, 1, p.dtype};
-    mask(&dx, MaskOn::kTail, call.dropout);
+    mask(&dx, MaskOn::kTail, call.dropout, drawn);
     run_product(dx, kernels, parallel);
   }
   if (call.dlora_a != nullptr) {
-    Product da = rank_grad(p, call.g, operand(call.x, p.dtype, p.dtype), p.in_features,
+    Product da = rank_grad(p, call.g, operand(call.x, p.dtype), p.in_features,
                            {call.dlora_a, p.in_features, 1, p.adapter_dtype});
-    mask(&da, MaskOn::kRight, call.dropout);
+    mask(&da, MaskOn::kRight, call.dropout, drawn);
     run_product(da, kernels, parallel);
   }
 }

@@ -5,8 +5,8 @@
 //     g  = s · dy B                   g: M×r
 //     dx = dy W + drop'(g A)          dA = gᵀ drop(x)   dB = dyᵀ h
 //
-// The low-rank product is a few more steps of depth in the tile of the frozen one, and the dropout
-// mask is drawn where it is applied: nothing of x's size is written.
+// The low-rank product is a few more steps of depth in the tile of the frozen one. The dropout mask
+// is drawn once in a call, a bit for an element of x, and nothing else of x's size is written.
 //
 // Torch-free. A call describes operands by raw pointers and int64 strides and brings its threads as
 // a callback. Results do not depend on how many threads there are, nor on who takes which part.
@@ -52,6 +52,7 @@ struct Problem {
   DType dtype = DType::kFloat32;          // of x, W, b, y and dy, dx
   DType adapter_dtype = DType::kFloat32;  // of A and B: dtype, or fp32 masters beside bf16
   bool round_adapters = false;            // masters are rounded to dtype first, as autocast does
+  bool weight_in_panels = false;          // as weight_panels.h lays it: its strides are not read
 };
 
 // The dtype of h and g, and of the low-rank products. Sums are in fp32 always.

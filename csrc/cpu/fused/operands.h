@@ -30,15 +30,33 @@ inline const uint16_t* as_bf16(const void* data) {
   return static_cast<const uint16_t*>(data);
 }
 
-inline float element(const Operand& operand, int64_t row, int64_t column) {
-  const int64_t at = row * operand.row_stride + column * operand.column_stride;
-  if (operand.stored == DType::kBFloat16) return widened(as_bf16(operand.data)[at]);
-  const float value = as_f32(operand.data)[at];
-  return operand.used == DType::kBFloat16 ? widened(rounded(value)) : value;
+// Where an element lies, from the operand's first on.
+inline int64_t place_of(const Operand& operand, int64_t row, int64_t column) {
+  if (operand.layout == Layout::kStrided) {
+    return row * operand.row_stride + column * operand.column_stride;
+  }
+  const bool transposed = operand.layout == Layout::kPanelsTransposed;
+  const int64_t across = transposed ? row : column, down = transposed ? column : row;
+  const int64_t panel = across / kPanelRows, lane = across % kPanelRows;
+  const int64_t stride = transposed ? operand.row_stride : operand.column_stride;
+  return panel * stride + (operand.stored == DType::kFloat32
+                               ? kPanelRows * down + lane
+                               : 2 * kPanelRows * (down / 2) + 2 * lane + down % 2);
 }
 
-inline bool kept(const uint8_t* bits, int64_t column) {
-  return (bits[column >> 3] >> (column & 7)) & 1;
+inline float element(const Operand& operand, int64_t row, int64_t column) {
+  const int64_t at = place_of(operand, row, column);
+  if (operand.stored == DType::kBFloat16) return widened(as_bf16(operand.data)[at]);
+  return as_f32(operand.data)[at];
+}
+
+inline bool kept(const Mask& mask, int64_t row, int64_t column) {
+  if (mask.bits == nullptr) return true;
+  return (mask.bits[row * mask.row_stride + (column >> 3)] >> (column & 7)) & 1;
+}
+
+inline F keep(F value, const Mask& mask, int64_t row, int64_t column) {
+  return mask.bits == nullptr ? value : keep(value, mask.bits + row * mask.row_stride, column);
 }
 
 inline float pair(float first, float second) {
@@ -48,18 +66,22 @@ inline float pair(float first, float second) {
   return both;
 }
 
-// The operand as the vectors read it: rounding on the way is left to the loops above.
+// Whether vectors may read the operand by its strides.
 inline bool plain(const Operand& operand) {
-  return operand.stored == operand.used;
+  return operand.layout == Layout::kStrided;
 }
 
-// Draws the keep-bits of columns column .. column+columns-1 of a row, rounded up to whole vectors.
-inline void draw_row(const Dropout& dropout, int64_t row, int64_t column, int64_t columns,
-                     uint8_t* bits) {
-  for (int64_t c = 0; c < columns; c += kDrawnColumns) {
-    draw(dropout.seed, static_cast<uint64_t>(row), static_cast<uint64_t>((column + c) / 8),
-         dropout.keep, bits + c / 8);
-  }
+inline Operand transposed(Operand operand) {
+  const int64_t stride = operand.row_stride;
+  operand.row_stride = operand.column_stride;
+  operand.column_stride = stride;
+  return operand;
+}
+
+template <bool kPairs>
+inline F multiply_add_units(F a, F b, F c) {
+  if constexpr (kPairs) return multiply_add_pairs(a, b, c);
+  return multiply_add(a, b, c);
 }
 
 // A vector of units from element `at` on.
@@ -98,6 +120,7 @@ void copy_rows(const Operand& from, int64_t row, int64_t rows, int64_t begin, in
     float* out = to + i * stride;
     const int64_t at = (row + i) * from.row_stride + begin * from.column_stride;
     for (int64_t unit = 0; unit < whole; unit += kWidth) {
+      prefetch(from, at + kStep * unit + 3 * from.row_stride);
       store(out + unit, load_units<kPairs>(from, at + kStep * unit));
     }
     int64_t unit = whole;
@@ -116,19 +139,27 @@ void copy_rows(const Operand& from, int64_t row, int64_t rows, int64_t begin, in
   }
 }
 
-template <bool kPairs>
-void mask_rows(const Dropout& dropout, int64_t row, int64_t rows, int64_t begin, int64_t end,
-               float* units, int64_t stride, uint8_t* bits) {
-  const int64_t columns = end - begin;
+// Zeros from a row's units to the next whole vector.
+inline void pad_rows(float* units, int64_t rows, int64_t stride, int64_t count) {
   for (int64_t i = 0; i < rows; ++i) {
-    draw_row(dropout, row + i, begin, columns, bits);
+    for (int64_t unit = count; unit % kWidth != 0; ++unit) units[i * stride + unit] = 0.0f;
+  }
+}
+
+// Zeros what the mask drops of rows row .. row+rows-1, columns begin .. end-1, as units.
+template <bool kPairs>
+void mask_rows(const Mask& mask, int64_t row, int64_t rows, int64_t begin, int64_t end,
+               float* units, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* bits = mask.bits + (row + i) * mask.row_stride;
     float* out = units + i * stride;
-    if constexpr (kPairs) {
-      for (int64_t c = 0; c < columns; c += 2 * kWidth) {
-        store(out + c / 2, keep_halves(load(out + c / 2), bits, c));
+    for (int64_t c = begin; c < end; c += kPairs ? 2 * kWidth : kWidth) {
+      if constexpr (kPairs) {
+        store(out, keep_halves(load(out), bits, c));
+      } else {
+        store(out, keep(load(out), bits, c));
       }
-    } else {
-      for (int64_t c = 0; c < columns; c += kWidth) store(out + c, keep(load(out + c), bits, c));
+      out += kWidth;
     }
   }
 }

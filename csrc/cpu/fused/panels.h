@@ -6,52 +6,108 @@
 namespace fused_lora::cpu::fused {
 namespace {
 
-// Columns column .. column_end-1 of `from`, rows begin .. end-1, in panels. bits: the mask's rows,
-// kBitsStride apart, or null.
+// How vectors may read an operand: neighbours in a row, in a column, or not at all.
+enum class Reading { kAcross, kDown, kElements };
+
+inline Reading reading_of(const Operand& from) {
+  switch (from.layout) {
+    case Layout::kPanels:
+      return Reading::kAcross;
+    case Layout::kPanelsTransposed:
+      return Reading::kDown;
+    case Layout::kStrided:
+      break;
+  }
+  if (from.column_stride == 1) return Reading::kAcross;
+  return from.row_stride == 1 ? Reading::kDown : Reading::kElements;
+}
+
+// Elements (row, column) .. of a row that is read across.
+inline F load_across(const Operand& from, int64_t row, int64_t column) {
+  const int64_t at = place_of(from, row, column);
+  if (from.layout == Layout::kStrided || from.stored == DType::kFloat32) {
+    return load_units<false>(from, at);
+  }
+  const F pairs = load_units<true>(from, at - row % 2);
+  return row % 2 == 0 ? low_halves(pairs) : high_halves(pairs);
+}
+
+// The units that begin at `row` of columns column .. column+kWidth-1, a vector for each column. Of
+// a weight's panels row and column are multiples of kWidth; the next panel is far away.
+template <bool kPairs>
+inline __attribute__((always_inline)) void load_down(const Operand& from, int64_t row,
+                                                     int64_t column, F (&columns)[kWidth]) {
+  if (from.layout == Layout::kStrided) {
+    const int64_t at = row + column * from.column_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      prefetch(from, at + i * from.column_stride + 8 * kWidth * (kPairs ? 2 : 1));
+      columns[i] = load_units<kPairs>(from, at + i * from.column_stride);
+    }
+    return;
+  }
+  const int64_t at = place_of(from, row, column);
+  if (from.stored == DType::kFloat32) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      const int64_t here = at + i * kPanelRows;
+      prefetch(from, here + from.row_stride);
+      columns[i] = load(as_f32(from.data) + here);
+    }
+    return;
+  }
+  // Pairs of neighbouring columns; the pairs wanted, if any, are those of neighbouring rows.
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth; i += 2) {
+    const int64_t here = at + i * kPanelRows;
+    const F first = load_units<true>(from, here);
+    prefetch(from, here + from.row_stride);
+    if constexpr (kPairs) {
+      prefetch(from, here + from.row_stride + 2 * kWidth);
+      const F second = load_units<true>(from, here + 2 * kWidth);
+      columns[i] = halves<0>(first, second);
+      columns[i + 1] = halves<1>(first, second);
+    } else {
+      columns[i] = low_halves(first);
+      columns[i + 1] = high_halves(first);
+    }
+  }
+}
+
+// Columns column .. column_end-1 of `from`, rows begin .. end-1, in panels; those that the mask
+// drops are zeros.
 template <bool kPairs>
 void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column,
-                 int64_t column_end, const uint8_t* bits, float* panels) {
+                 int64_t column_end, const Mask& mask, float* panels) {
   constexpr int kStep = kPairs ? 2 : 1;
   const int64_t columns = column_end - column, units = parts(end - begin, kStep);
-  const bool across = plain(from) && from.column_stride == 1;
-  const bool down = plain(from) && !across && from.row_stride == 1 && bits == nullptr;
+  Reading reading = reading_of(from);
+  if (reading == Reading::kDown && mask.bits != nullptr) reading = Reading::kElements;
 
-  // Vectors of columns: kTileVectors of them in a panel, but in the last there may be fewer.
-  const auto place = [&](int64_t c) {
+  const auto place = [&](int64_t c, int64_t unit) {
     const int64_t panel = c / kTileColumns * kTileColumns;
-    const int64_t width = smaller(kTileColumns, parts(columns - panel, kWidth) * kWidth);
-    struct {
-      float* first;
-      int64_t width;
-    } at = {panels + panel * units + (c - panel), width};
-    return at;
+    return panels + panel * units + unit * kTileColumns + (c - panel);
   };
   const auto element_wise = [&](int64_t c, int64_t first_unit) {
-    const auto at = place(c);
     for (int64_t unit = first_unit; unit < units; ++unit) {
       const int64_t row = begin + kStep * unit;
+      float* out = place(c, unit);
       for (int64_t lane = 0; lane < kWidth; ++lane) {
         const auto read = [&](int64_t r) {
-          const bool used = r < end && c + lane < columns &&
-                            (bits == nullptr || kept(bits + (r - begin) * kBitsStride, c + lane));
+          const bool used = r < end && c + lane < columns && kept(mask, r, column + c + lane);
           return used ? element(from, r, column + c + lane) : 0.0f;
         };
-        at.first[unit * at.width + lane] = kPairs ? pair(read(row), read(row + 1)) : read(row);
+        out[lane] = kPairs ? pair(read(row), read(row + 1)) : read(row);
       }
     }
   };
 
-  const int64_t whole = across || down ? columns / kWidth * kWidth : 0;
-  if (across) {
-    const auto read = [&](int64_t row, int64_t c) {
-      if (row >= end) return splat(0.0f);
-      const int64_t at = row * from.row_stride + column + c;
-      prefetch(from, at + kRowsAhead * from.row_stride);
-      const F value = load_units<false>(from, at);
-      return bits == nullptr ? value : keep(value, bits + (row - begin) * kBitsStride, c);
-    };
+  const int64_t whole = reading == Reading::kElements ? 0 : columns / kWidth * kWidth;
+  const auto across = [&](const auto& read) {
     const auto vector = [&](int64_t row, int64_t c) {
-      if constexpr (kPairs) return interleave(read(row, c), read(row + 1, c));
+      if constexpr (kPairs) {
+        return interleave(read(row, c), row + 1 < end ? read(row + 1, c) : splat(0.0f));
+      }
       return read(row, c);
     };
     const int64_t full = columns / kTileColumns * kTileColumns;
@@ -63,27 +119,44 @@ void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column
         for (int v = 0; v < kTileVectors; ++v) store(out + v * kWidth, vector(row, c + v * kWidth));
         out += kTileColumns * units;
       }
-      for (int64_t c = full; c < whole; c += kWidth) {
-        const auto at = place(c);
-        store(at.first + unit * at.width, vector(row, c));
-      }
+      if (full < whole) store(out, vector(row, full));
     }
-  } else if (down) {
+  };
+  if (reading == Reading::kAcross && plain(from) && mask.bits == nullptr) {
+    across([&](int64_t row, int64_t c) {
+      const int64_t at = row * from.row_stride + column + c;
+      prefetch(from, at + kRowsAhead * from.row_stride);
+      return load_units<false>(from, at);
+    });
+  } else if (reading == Reading::kAcross) {
+    across([&](int64_t row, int64_t c) {
+      return keep(load_across(from, row, column + c), mask, row, column + c);
+    });
+  } else if (reading == Reading::kDown) {
     const int64_t whole_units = (end - begin) / (kStep * kWidth) * kWidth;
+    // Less than a vector of units, such as those of a low rank.
+    const bool first_units = plain(from) && (kPairs || from.stored == DType::kFloat32);
+    const int64_t rest = first_units ? (end - begin) / kStep - whole_units : 0;
     for (int64_t c = 0; c < whole; c += kWidth) {
-      const auto at = place(c);
       for (int64_t unit = 0; unit < whole_units; unit += kWidth) {
-        F rows[kWidth];
-        const int64_t corner = (column + c) * from.column_stride + begin + kStep * unit;
+        F block[kWidth];
+        load_down<kPairs>(from, begin + kStep * unit, column + c, block);
+        transpose(block);
+        float* out = place(c, unit);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          rows[i] = load_units<kPairs>(from, corner + i * from.column_stride);
-        }
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) store(at.first + (unit + i) * at.width, rows[i]);
+        for (int i = 0; i < kWidth; ++i) store(out + i * kTileColumns, block[i]);
       }
-      element_wise(c, whole_units);
+      if (rest > 0) {
+        F block[kWidth];
+        const int64_t at = begin + kStep * whole_units + (column + c) * from.column_stride;
+        for (int i = 0; i < kWidth; ++i) {
+          block[i] = load_first<kPairs>(from, at + i * from.column_stride, rest);
+        }
+        transpose(block);
+        float* out = place(c, whole_units);
+        for (int64_t i = 0; i < rest; ++i) store(out + i * kTileColumns, block[i]);
+      }
+      element_wise(c, whole_units + rest);
     }
   }
   for (int64_t c = whole; c < columns; c += kWidth) element_wise(c, 0);

@@ -15,15 +15,25 @@
 #include <cstdint>
 
 #include "cpu/fused/lora_linear.h"
+#include "cpu/fused/weight_panels.h"
 
 namespace fused_lora::cpu::fused {
+
+// Where element (i, j) lies. The panels are those of weight_panels.h: kPanels is Wᵀ, whose columns
+// (rows of W) are in panels; kPanelsTransposed is W itself.
+//
+//     kStrided            i · row_stride + j · column_stride
+//     kPanels             j / 32 · column_stride + fp32: 32 i + j % 32
+//                                                  bf16: 64 (i / 2) + 2 (j % 32) + i % 2
+//     kPanelsTransposed   element (j, i) of kPanels, whose column_stride is the row_stride here
+enum class Layout : int32_t { kStrided, kPanels, kPanelsTransposed };
 
 struct Operand {
   const void* data = nullptr;
   int64_t row_stride = 0;
   int64_t column_stride = 1;
   DType stored = DType::kFloat32;
-  DType used = DType::kFloat32;  // fp32 may be rounded to bf16 on the way
+  Layout layout = Layout::kStrided;
 };
 
 struct Output {
@@ -31,6 +41,13 @@ struct Output {
   int64_t row_stride = 0;
   int64_t column_stride = 1;
   DType dtype = DType::kFloat32;
+};
+
+// The drawn dropout mask: whether (row, column) is kept is bit column % 8 of
+// bits[row * row_stride + column / 8]. No bits: all of it is.
+struct Mask {
+  const uint8_t* bits = nullptr;
+  int64_t row_stride = 0;
 };
 
 enum class MaskOn : int32_t { kNothing, kTail, kLeft, kRight };
@@ -43,7 +60,7 @@ struct Product {
   float alpha = 1.0f;
   float tail_scale = 1.0f;
   MaskOn mask = MaskOn::kNothing;
-  Dropout dropout;  // drawn at (row, column) of what the mask falls on
+  Mask drawn;  // at (row, column) of what the mask falls on
   Output out;
 };
 
@@ -55,10 +72,23 @@ struct Block {
 
 constexpr int64_t kColumnStep = 32;
 constexpr int64_t kBlockRows = 512;
-constexpr int64_t kBlockColumns = 256;
+constexpr int64_t kBlockColumns = 640;
+
+// Products of few rows have ways and blocks of their own: those stay near W, and read long runs.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewColumns = 2048;
+
+// A drawn row has room for whole draws, and for whole vectors, at any level.
+constexpr int64_t kMaskColumns = 128;
 
 struct Kernels {
-  // Computes a block of at most kBlockRows×kBlockColumns. scratch: scratch_bytes, aligned to 64.
+  // Draws the mask's rows row .. row_end-1 of `columns` columns, at bits + row * row_stride.
+  void (*draw)(const Dropout& dropout, int64_t row, int64_t row_end, int64_t columns, uint8_t* bits,
+               int64_t row_stride);
+  // Rounds `count` neighbours, `stride` apart, to bf16.
+  void (*round)(const float* from, int64_t stride, int64_t count, uint16_t* to);
+  // Computes a block of at most kBlockRows×kBlockColumns, or of few rows and kFewColumns. scratch:
+  // scratch_bytes, aligned to 64.
   void (*block)(const Product& product, const Block& block, void* scratch);
   int64_t scratch_bytes;
 };

@@ -36,6 +36,15 @@ inline F load_bf16(const uint16_t* from) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+// The first and the second halves of pairs of bf16, widened.
+inline F low_halves(F pairs) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+inline F high_halves(F pairs) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), high));
+}
+
 inline void store_bf16(uint16_t* to, F value) {
   const __m256i bits = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -73,58 +82,80 @@ inline void transpose(F (&rows)[kWidth]) {
   }
 }
 
-constexpr int kDrawnBytes = 8;
-
-struct Product64 {
-  __m256i low, high;
-};
-
-// The two halves of the eight 64-bit products value * multiplier.
-inline Product64 multiply_wide(__m256i value, __m256i multiplier) {
-  const __m256i even = _mm256_mul_epu32(value, multiplier);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(value, 32), multiplier);
-  return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA),
-          _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA)};
+// Lane i: the sum of the lanes of vectors[i].
+inline F sum_lanes(const F (&vectors)[kWidth]) {
+  F fours[2];
+  for (int i = 0; i < 2; ++i) {
+    const F* v = vectors + 4 * i;
+    const F ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
+    const F cd = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
+    // In each 128 bits the sums of v[0] .. v[3] over those 128.
+    fours[i] = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xEE);
+  }
+  return _mm256_permute2f128_ps(fours[0], fours[1], 0x20) +
+         _mm256_permute2f128_ps(fours[0], fours[1], 0x31);
 }
 
-// The keep-bits of columns 8*block .. of a row, kDrawnBytes bytes of them: eight Philox calls, one
-// in each lane. The order of the counters is such that the transposed words lie in column order.
-inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits) {
-  const __m256i multiplier0 = _mm256_set1_epi32(static_cast<int>(0xD2511F53u));
-  const __m256i multiplier1 = _mm256_set1_epi32(static_cast<int>(0xCD9E8D57u));
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  // No lane carries into the high word: that would take 2^35 columns.
-  __m256i c0 = _mm256_set1_epi32(static_cast<int>(row));
-  __m256i c1 = _mm256_set1_epi32(static_cast<int>(row >> 32));
-  __m256i c2 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(block)),
-                                _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-  __m256i c3 = _mm256_set1_epi32(static_cast<int>(block >> 32));
-  for (int round = 0; round < 10; ++round) {
-    const Product64 product0 = multiply_wide(c0, multiplier0);
-    const Product64 product1 = multiply_wide(c2, multiplier1);
-    const __m256i k0 = _mm256_set1_epi32(static_cast<int>(key0));
-    const __m256i k1 = _mm256_set1_epi32(static_cast<int>(key1));
-    c0 = _mm256_xor_si256(_mm256_xor_si256(product1.high, c1), k0);
-    c2 = _mm256_xor_si256(_mm256_xor_si256(product0.high, c3), k1);
-    c1 = product1.low;
-    c3 = product0.low;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+constexpr int kDrawnBytes = 4;
+// Calls depend on themselves only, round by round: several rows fill the time.
+constexpr int kDrawnRows = 2;
+
+// Four Philox calls. A word is the low half of 64 bits, where the multiplication looks for it; what
+// the high halves hold is of no consequence, and so a product's low word needs no extraction.
+struct Words {
+  __m256i word[4];
+
+  void round(__m256i key0, __m256i key1) {
+    const __m256i product0 =
+        _mm256_mul_epu32(word[0], _mm256_set1_epi64x(static_cast<int64_t>(0xD2511F53u)));
+    const __m256i product1 =
+        _mm256_mul_epu32(word[2], _mm256_set1_epi64x(static_cast<int64_t>(0xCD9E8D57u)));
+    word[0] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), word[1]), key0);
+    word[2] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), word[3]), key1);
+    word[1] = product1;
+    word[3] = product0;
   }
-  const __m256i low01 = _mm256_unpacklo_epi32(c0, c1), high01 = _mm256_unpackhi_epi32(c0, c1);
-  const __m256i low23 = _mm256_unpacklo_epi32(c2, c3), high23 = _mm256_unpackhi_epi32(c2, c3);
-  const __m256i blocks[4] = {
-      _mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-      _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+};
+
+// The keep-bits of columns 8*block .. of kRows rows, kDrawnBytes bytes of each: four Philox calls
+// to a row. Their order in the lanes is such that the transposed words lie in column order.
+template <int kRows>
+inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits,
+                 int64_t row_stride) {
+  __m256i key0 = _mm256_set1_epi64x(static_cast<int64_t>(seed & 0xffffffffu));
+  __m256i key1 = _mm256_set1_epi64x(static_cast<int64_t>(seed >> 32));
+  const __m256i blocks = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(block)),
+                                          _mm256_setr_epi64x(0, 1, 2, 3));
+  Words rows[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = {{_mm256_set1_epi64x(static_cast<int64_t>(row + i)),
+                _mm256_set1_epi64x(static_cast<int64_t>((row + i) >> 32)), blocks,
+                _mm256_srli_epi64(blocks, 32)}};
+  }
+#pragma GCC unroll 1
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) rows[i].round(key0, key1);
+    key0 = _mm256_add_epi32(key0, _mm256_set1_epi64x(static_cast<int64_t>(0x9E3779B9u)));
+    key1 = _mm256_add_epi32(key1, _mm256_set1_epi64x(static_cast<int64_t>(0xBB67AE85u)));
+  }
   // Unsigned 16-bit comparison by the signed one, both sides shifted by 2^15.
   const __m256i flip = _mm256_set1_epi16(static_cast<int16_t>(0x8000));
   const __m256i bound = _mm256_xor_si256(_mm256_set1_epi16(static_cast<int16_t>(keep)), flip);
-  for (int i = 0; i < 4; ++i) {
-    const __m256i kept = _mm256_cmpgt_epi16(bound, _mm256_xor_si256(blocks[i], flip));
-    const __m256i bytes = _mm256_packs_epi16(kept, _mm256_setzero_si256());
-    const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
-    bits[2 * i] = static_cast<uint8_t>(mask);
-    bits[2 * i + 1] = static_cast<uint8_t>(mask >> 16);
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const __m256i* word = rows[i].word;
+    const __m256i word01 = _mm256_blend_epi32(word[0], _mm256_slli_epi64(word[1], 32), 0xAA);
+    const __m256i word23 = _mm256_blend_epi32(word[2], _mm256_slli_epi64(word[3], 32), 0xAA);
+    const __m256i low = _mm256_unpacklo_epi64(word01, word23);
+    const __m256i high = _mm256_unpackhi_epi64(word01, word23);
+    // In each 128 bits a block of low and one of high, a byte to a column.
+    const __m256i kept =
+        _mm256_packs_epi16(_mm256_cmpgt_epi16(bound, _mm256_xor_si256(low, flip)),
+                           _mm256_cmpgt_epi16(bound, _mm256_xor_si256(high, flip)));
+    const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_epi8(kept));
+    __builtin_memcpy(bits + i * row_stride, &mask, sizeof(mask));
   }
 }
 

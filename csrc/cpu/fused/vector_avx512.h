@@ -36,7 +36,20 @@ inline F load_bf16(const uint16_t* from) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// The first and the second halves of pairs of bf16, widened.
+inline F low_halves(F pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+inline F high_halves(F pairs) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), high));
+}
+
 inline void store_bf16(uint16_t* to, F value) {
+#if defined(FUSED_LORA_PAIRS)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+#else
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
@@ -44,6 +57,7 @@ inline void store_bf16(uint16_t* to, F value) {
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   const __m512i result = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7fc0));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(result));
+#endif
 }
 
 // The lanes whose bit, from `column` on, is set; the others become 0.
@@ -72,6 +86,30 @@ inline F interleave(F first, F second) {
   return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
                                              _mm512_castps_si512(second)));
 }
+
+// The 32 first, or second, halves of the pairs of a and then of b.
+template <int kSecond>
+inline F halves(F a, F b) {
+  constexpr uint32_t k = kSecond | (kSecond + 2) << 16;  // of two neighbours
+  constexpr uint32_t s = 4 | 4 << 16;                    // to the next two
+  const __m512i from = _mm512_setr_epi32(
+      k, k + s, k + 2 * s, k + 3 * s, k + 4 * s, k + 5 * s, k + 6 * s, k + 7 * s, k + 8 * s,
+      k + 9 * s, k + 10 * s, k + 11 * s, k + 12 * s, k + 13 * s, k + 14 * s, k + 15 * s);
+  return _mm512_castsi512_ps(
+      _mm512_permutex2var_epi16(_mm512_castps_si512(a), from, _mm512_castps_si512(b)));
+}
+
+// Pairs of the neighbours a_i, b_i of 32 bf16 each: the first sixteen, and the others.
+inline void zip(F a, F b, F (&pairs)[2]) {
+  constexpr uint32_t k = 0 | 32 << 16, s = 1 | 1 << 16;
+  const __m512i first = _mm512_setr_epi32(
+      k, k + s, k + 2 * s, k + 3 * s, k + 4 * s, k + 5 * s, k + 6 * s, k + 7 * s, k + 8 * s,
+      k + 9 * s, k + 10 * s, k + 11 * s, k + 12 * s, k + 13 * s, k + 14 * s, k + 15 * s);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(16 * s));
+  const __m512i low = _mm512_castps_si512(a), high = _mm512_castps_si512(b);
+  pairs[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, first, high));
+  pairs[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(low, second, high));
+}
 #endif
 
 inline void transpose(F (&rows)[kWidth]) {
@@ -99,55 +137,77 @@ inline void transpose(F (&rows)[kWidth]) {
   }
 }
 
-constexpr int kDrawnBytes = 16;
-
-struct Product64 {
-  __m512i low, high;
-};
-
-// The two halves of the sixteen 64-bit products value * multiplier.
-inline Product64 multiply_wide(__m512i value, __m512i multiplier) {
-  const __m512i even = _mm512_mul_epu32(value, multiplier);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(value, 32), multiplier);
-  return {_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)),
-          _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd)};
+// Lane i: the sum of the lanes of vectors[i].
+inline F sum_lanes(const F (&vectors)[kWidth]) {
+  F fours[4];
+  for (int i = 0; i < 4; ++i) {
+    const F* v = vectors + 4 * i;
+    const F ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+    const F cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+    // In each 128 bits the sums of v[0] .. v[3] over those 128.
+    fours[i] = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);
+  }
+  const F low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x88) +
+                _mm512_shuffle_f32x4(fours[0], fours[1], 0xDD);
+  const F high = _mm512_shuffle_f32x4(fours[2], fours[3], 0x88) +
+                 _mm512_shuffle_f32x4(fours[2], fours[3], 0xDD);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xDD);
 }
 
-// The keep-bits of columns 8*block .. of a row, kDrawnBytes bytes of them: sixteen Philox calls,
-// one in each lane. The order of the counters is such that the transposed words lie in column
-// order.
-inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits) {
-  const __m512i multiplier0 = _mm512_set1_epi32(static_cast<int>(0xD2511F53u));
-  const __m512i multiplier1 = _mm512_set1_epi32(static_cast<int>(0xCD9E8D57u));
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  // No lane carries into the high word: that would take 2^35 columns.
-  __m512i c0 = _mm512_set1_epi32(static_cast<int>(row));
-  __m512i c1 = _mm512_set1_epi32(static_cast<int>(row >> 32));
-  __m512i c2 =
-      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(block)),
-                       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  __m512i c3 = _mm512_set1_epi32(static_cast<int>(block >> 32));
-  for (int round = 0; round < 10; ++round) {
-    const Product64 product0 = multiply_wide(c0, multiplier0);
-    const Product64 product1 = multiply_wide(c2, multiplier1);
-    const __m512i k0 = _mm512_set1_epi32(static_cast<int>(key0));
-    const __m512i k1 = _mm512_set1_epi32(static_cast<int>(key1));
-    c0 = _mm512_ternarylogic_epi32(product1.high, c1, k0, 0x96);
-    c2 = _mm512_ternarylogic_epi32(product0.high, c3, k1, 0x96);
-    c1 = product1.low;
-    c3 = product0.low;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+constexpr int kDrawnBytes = 8;
+// Calls depend on themselves only, round by round: several rows fill the time.
+constexpr int kDrawnRows = 4;
+
+// Eight Philox calls. A word is the low half of 64 bits, where the multiplication looks for it;
+// what the high halves hold is of no consequence, and so a product's low word needs no extraction.
+struct Words {
+  __m512i word[4];
+
+  void round(__m512i key0, __m512i key1) {
+    const __m512i product0 =
+        _mm512_mul_epu32(word[0], _mm512_set1_epi64(static_cast<int64_t>(0xD2511F53u)));
+    const __m512i product1 =
+        _mm512_mul_epu32(word[2], _mm512_set1_epi64(static_cast<int64_t>(0xCD9E8D57u)));
+    word[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), word[1], key0, 0x96);
+    word[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), word[3], key1, 0x96);
+    word[1] = product1;
+    word[3] = product0;
   }
-  const __m512i low01 = _mm512_unpacklo_epi32(c0, c1), high01 = _mm512_unpackhi_epi32(c0, c1);
-  const __m512i low23 = _mm512_unpacklo_epi32(c2, c3), high23 = _mm512_unpackhi_epi32(c2, c3);
-  const __m512i blocks[4] = {
-      _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
-      _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+};
+
+// The keep-bits of columns 8*block .. of kRows rows, kDrawnBytes bytes of each: eight Philox calls
+// to a row. Their order in the lanes is such that the transposed words lie in column order.
+template <int kRows>
+inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits,
+                 int64_t row_stride) {
+  __m512i key0 = _mm512_set1_epi64(static_cast<int64_t>(seed & 0xffffffffu));
+  __m512i key1 = _mm512_set1_epi64(static_cast<int64_t>(seed >> 32));
+  const __m512i blocks = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(block)),
+                                          _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  Words rows[kRows];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = {{_mm512_set1_epi64(static_cast<int64_t>(row + i)),
+                _mm512_set1_epi64(static_cast<int64_t>((row + i) >> 32)), blocks,
+                _mm512_srli_epi64(blocks, 32)}};
+  }
+#pragma GCC unroll 1
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) rows[i].round(key0, key1);
+    key0 = _mm512_add_epi32(key0, _mm512_set1_epi64(static_cast<int64_t>(0x9E3779B9u)));
+    key1 = _mm512_add_epi32(key1, _mm512_set1_epi64(static_cast<int64_t>(0xBB67AE85u)));
+  }
   const __m512i bound = _mm512_set1_epi16(static_cast<int16_t>(keep));
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t mask = _mm512_cmplt_epu16_mask(blocks[i], bound);
-    __builtin_memcpy(bits + 4 * i, &mask, sizeof(mask));
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+    const __m512i* word = rows[i].word;
+    const __m512i word01 = _mm512_mask_shuffle_epi32(word[0], 0xAAAA, word[1], _MM_PERM_CCAA);
+    const __m512i word23 = _mm512_mask_shuffle_epi32(word[2], 0xAAAA, word[3], _MM_PERM_CCAA);
+    const uint64_t first = _mm512_cmplt_epu16_mask(_mm512_unpacklo_epi64(word01, word23), bound);
+    const uint64_t second = _mm512_cmplt_epu16_mask(_mm512_unpackhi_epi64(word01, word23), bound);
+    const uint64_t mask = first | second << 32;
+    __builtin_memcpy(bits + i * row_stride, &mask, sizeof(mask));
   }
 }
 

@@ -44,6 +44,14 @@ inline F load_bf16(const uint16_t* from) {
   return reinterpret_cast<F>(bits << 16);
 }
 
+// The first and the second halves of pairs of bf16, widened.
+inline F low_halves(F pairs) {
+  return reinterpret_cast<F>(reinterpret_cast<I>(pairs) << 16);
+}
+inline F high_halves(F pairs) {
+  return reinterpret_cast<F>(reinterpret_cast<I>(pairs) & static_cast<int32_t>(0xffff0000u));
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof(bits));
@@ -75,16 +83,28 @@ inline void transpose(F (&rows)[kWidth]) {
   rows[3] = __builtin_shuffle(high01, high23, I{2, 3, 6, 7});
 }
 
-constexpr int kDrawnBytes = 1;
+// Lane i: the sum of the lanes of vectors[i].
+inline F sum_lanes(const F (&vectors)[kWidth]) {
+  F rows[kWidth] = {vectors[0], vectors[1], vectors[2], vectors[3]};
+  transpose(rows);
+  return (rows[0] + rows[2]) + (rows[1] + rows[3]);
+}
 
-// The keep-bits of columns 8*block .. of a row, kDrawnBytes bytes of them.
-inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits) {
-  const Philox4x32 words = dropout_words(seed, row, block);
-  uint32_t byte = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    byte |= static_cast<uint32_t>(dropout_lane(words, lane) < keep) << lane;
+constexpr int kDrawnBytes = 1;
+constexpr int kDrawnRows = 1;
+
+// The keep-bits of columns 8*block .. of kRows rows, kDrawnBytes bytes of each.
+template <int kRows>
+inline void draw(uint64_t seed, uint64_t row, uint64_t block, uint32_t keep, uint8_t* bits,
+                 int64_t row_stride) {
+  for (int i = 0; i < kRows; ++i) {
+    const Philox4x32 words = dropout_words(seed, row + i, block);
+    uint32_t byte = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      byte |= static_cast<uint32_t>(dropout_lane(words, lane) < keep) << lane;
+    }
+    bits[i * row_stride] = static_cast<uint8_t>(byte);
   }
-  *bits = static_cast<uint8_t>(byte);
 }
 
 }  // namespace
