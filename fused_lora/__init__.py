@@ -9,8 +9,9 @@ from fused_lora.explanation import explain
 from fused_lora.files import AdapterFileError, load_adapter, save_adapter
 from fused_lora.layer import LoRALinear, LoRASettings
 from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear
+from fused_lora.packing import pack, unpack
 from fused_lora.paths import use_cpu_level, use_path
-from fused_lora.report import Report
+from fused_lora.report import PackReport, Report
 from fused_lora.swap import add_lora, disabled, merge, remove_lora, set_adapter, unmerge
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FusedLoRAWarning",
     "LoRALinear",
     "LoRASettings",
+    "PackReport",
     "Report",
     "__version__",
     "add_lora",
@@ -29,12 +31,14 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "pack",
     "remove_lora",
     "save_adapter",
     "set_adapter",
     "share_choices",
     "unfuse",
     "unmerge",
+    "unpack",
     "use_cpu_level",
     "use_path",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
+PANEL_ROWS = 32  # rows of a weight that lie together where it is packed
 
 
 def check_arguments(
@@ -53,6 +54,29 @@ def check_arguments(
         _size(bias, "bias", 0, "out_features", out_features, "weight")
         _dtype(bias, "bias", x.dtype, "x")
         _device(bias, "bias", x)
+
+
+def check_packed(weight: Tensor) -> None:
+    """Raises ValueError for a device or a shape, TypeError for a dtype, that no packed weight has."""
+    if weight.device.type not in ("cpu", "meta"):
+        raise ValueError(f"lora_linear: packed weights serve on the CPU alone, got one on {weight.device}")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        allowed = "torch.float32 or torch.bfloat16"
+        raise TypeError(f"lora_linear: a packed weight must be {allowed}, got {weight.dtype}")
+    together = 1 if weight.dtype == torch.float32 else 2
+    width = PANEL_ROWS * together
+    if weight.dim() != 3 or weight.shape[2] != width:
+        raise ValueError(
+            f"lora_linear: a packed weight in {weight.dtype} must be out_features/32 × in_features/{together}"
+            f" × {width}, as pack_weight makes it, got shape {list(weight.shape)}"
+        )
+    if not weight.is_contiguous():
+        strides = list(weight.stride())
+        raise ValueError(f"lora_linear: a packed weight must be contiguous, got strides {strides}")
+    if weight.requires_grad:
+        raise ValueError(
+            "lora_linear: weight is packed, and packed weights are frozen: unpack it to train it"
+        )
 
 
 def check_mask_arguments(

@@ -34,6 +34,7 @@ def explain(
     bias: bool = False,
     dropout: bool = False,
     weight_transposed: bool = False,
+    weight_packed: bool = False,
     gpu: str = "A100",
 ) -> str:
     """Which path a call on `device` takes now, and why, in one line; with a shape, which kernels as well.
@@ -45,6 +46,7 @@ def explain(
         adapter_dtype: of A and B; float32 masters where none is given and dtype is of 16 bits.
         autocast: whether masters are rounded, as under autocast.
         weight_transposed: whether the weight is stored in_features×out_features, as Conv1D does.
+        weight_packed: whether the weight is packed (fused_lora.pack), on the CPU.
         gpu: whose figures plans are made for where no GPU is at hand, one of GPUS.
     """
     device = torch.device(device)
@@ -65,6 +67,10 @@ def explain(
     if adapter_dtype not in (dtype, torch.float32):
         raise TypeError(f"explain: adapter_dtype must be {dtype} or torch.float32, got {adapter_dtype}")
     assert BINARY.module is not None
+    if weight_packed and (device.type != "cpu" or not BINARY.module.fits_panels(out_features, in_features)):
+        raise ValueError(
+            f"explain: weight_packed: a weight of {in_features}→{out_features} on {device} cannot be packed"
+        )
     if device.type == "cpu":
         if line.startswith("composed"):
             return line
@@ -78,6 +84,7 @@ def explain(
             bias=bias,
             dropout=dropout,
             weight_transposed=weight_transposed,
+            weight_packed=weight_packed,
             threads=threads,
         )
         lines = [line, f"kernels: {BINARY.module.cpu_level()}, {threads} threads"]

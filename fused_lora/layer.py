@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fused_lora import reference
 from fused_lora.ops import lora_linear, seed_on
+from fused_lora.packed import PacksWeight, held_weight, packed_weight, unpack_weight
 
 # Classes that compute x Wᵀ + b and nothing else, by qualified name so that no library is imported for
 # them, and whether they hold W transposed (in_features×out_features). A subclass may do more, so only
@@ -51,7 +51,7 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Linear, PacksWeight):
     """nn.Linear plus the sum of its active adapters: y = x Wᵀ + b + Σ s·B(A·drop(x)).
 
     weight and bias are nn.Linear's own, under the same names; adapters hold lora_A[name] (r×in_features)
@@ -135,6 +135,7 @@ class LoRALinear(nn.Linear):
     def release(self) -> nn.Module:
         """Turns the layer back into what it was before `adopt`; its adapters are dropped. While merged it
         keeps the merged weight."""
+        unpack_weight(self)
         self._unmerged_weight = None
         for name in ("lora_A", "lora_B"):
             del self._modules[name]
@@ -148,7 +149,7 @@ class LoRALinear(nn.Linear):
 
     def _begin(self, base_class: type[nn.Module]) -> None:
         self._base_class = base_class
-        self.fan_in_fan_out = _stores_transposed(base_class)
+        self.fan_in_fan_out = stores_transposed(base_class)
         if self.fan_in_fan_out:
             self.in_features, self.out_features = self.weight.shape
         self.lora_A = nn.ParameterDict()
@@ -272,7 +273,9 @@ class LoRALinear(nn.Linear):
         if self._unmerged_weight is not None or not self._enabled or not self._active:
             y: Tensor = self._base_class.forward(self, x)
             return y
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight = held_weight(self)
+        if self.fan_in_fan_out and weight.dim() == 2:
+            weight = weight.t()
         if len(self._active) == 1:
             (name,) = self._active
             settings = self.settings[name]
@@ -289,16 +292,20 @@ class LoRALinear(nn.Linear):
                 dropout_p=settings.dropout,
                 training=self.training,
             )
-        return self._forward_several(x, weight)
+        if self._drops_apart():
+            return self._forward_apart(x)
+        # Without masks Σ sᵢ·Bᵢ Aᵢ is one product of concatenated ranks.
+        a = torch.cat([self.lora_A[name] for name in self._active])
+        b = torch.cat([self.settings[name].scaling * self.lora_B[name] for name in self._active], dim=1)
+        return lora_linear(x, weight, a, b, self.bias)
 
-    def _forward_several(self, x: Tensor, weight: Tensor) -> Tensor:
-        # Without dropout Σ sᵢ·Bᵢ Aᵢ is one product of concatenated ranks.
-        if not self.training or not any(self.settings[name].dropout for name in self._active):
-            a = torch.cat([self.lora_A[name] for name in self._active])
-            b = torch.cat([self.settings[name].scaling * self.lora_B[name] for name in self._active], dim=1)
-            return lora_linear(x, weight, a, b, self.bias)
-        # With it each adapter has a mask of its own.
-        y = F.linear(x, weight, self.bias)
+    def _drops_apart(self) -> bool:
+        """Whether several adapters are active, and each draws a mask of its own."""
+        several = len(self._active) > 1 and self.training
+        return several and any(self.settings[name].dropout for name in self._active)
+
+    def _forward_apart(self, x: Tensor) -> Tensor:
+        y: Tensor = self._base_class.forward(self, x)
         total = y
         for name in self._active:
             settings = self.settings[name]
@@ -311,6 +318,20 @@ class LoRALinear(nn.Linear):
                 seed=seed_on(x.device, None) if settings.dropout else None,
             )
         return total.to(y.dtype)
+
+    # PacksWeight
+
+    def linear_to_pack(self) -> tuple[nn.Module, bool]:
+        return self, self.fan_in_fan_out
+
+    def needs_plain_weight(self) -> str | None:
+        if self.merged:
+            return "it is merged"
+        if not self._enabled:
+            return "its adapters are switched off"
+        if not self._active:
+            return "no adapter of it is active"
+        return "its active adapters drop out each by a mask of its own" if self._drops_apart() else None
 
     def extra_repr(self) -> str:
         text = (
@@ -372,8 +393,8 @@ def obstacle(module: nn.Module) -> str | None:
         return f"a {kind.__name__} is not a plain linear"
     if "forward" in vars(module):
         return "its forward is overridden on the instance (as offloading and quantising hooks do)"
-    weight = module.weight
-    if type(weight) is not nn.Parameter:
+    weight = held_weight(module)
+    if type(weight) is not nn.Parameter and packed_weight(module) is None:
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}"
@@ -388,14 +409,20 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     return in_features, out_features
 
 
+def operand_of(module: nn.Module) -> Tensor:
+    """A plain linear's weight as the op takes it: packed where it is, else as `weight_of` has it."""
+    weight = held_weight(module)
+    return weight.t() if weight.dim() == 2 and stores_transposed(type(module)) else weight
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """A plain linear's weight as out_features×in_features, a view where it is stored otherwise."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.t() if _stores_transposed(type(module)) else weight
+    return weight.t() if stores_transposed(type(module)) else weight
 
 
-def _stores_transposed(kind: type[nn.Module]) -> bool:
+def stores_transposed(kind: type[nn.Module]) -> bool:
     return PLAIN_LINEARS[_qualified(kind)]
 
 

@@ -31,7 +31,8 @@ def lora_linear(
 
     Args:
         x: …×in_features, any number of leading dimensions; float32, float64, bfloat16 or float16.
-        weight: out_features×in_features in x's dtype; any strides.
+        weight: out_features×in_features in x's dtype; any strides. On the CPU, in float32 and bfloat16, also
+            packed by torch.ops.fused_lora.pack_weight (3-D): then it is frozen.
         lora_a: rank×in_features, in x's dtype, or float32 masters beside a 16-bit x. Without autocast
             masters mean a low-rank path in float32; under autocast they are rounded to its dtype.
         lora_b: out_features×rank, in lora_a's dtype.
@@ -58,6 +59,8 @@ def lora_linear(
     else:
         dropout_p, seed_tensor = 0.0, None
     if paths.choose(x.device.type, x.device.index) == "reference":
+        if weight.dim() == 3:
+            weight = reference.unpacked(weight)
         return reference.lora_linear(
             x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
         )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.layer import obstacle, weight_of
+from fused_lora.layer import obstacle, operand_of, stores_transposed
 from fused_lora.ops import lora_linear
+from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
 
@@ -20,10 +21,8 @@ except ImportError as error:
         f"fused_lora.fuse works on PEFT models and PEFT does not import ({error}): pip install peft"
     ) from error
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
+class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
     """peft.tuners.lora.Linear with one fused call for the case that is trained and served most: one active
     plain adapter, neither merged nor disabled. In every other state PEFT's own forward runs."""
 
@@ -32,14 +31,13 @@ class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
         if args or kwargs or name is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
-        base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-        dropout = self.lora_dropout[name]
+        base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
         return lora_linear(
             x,
-            weight_of(base),
-            lora_a,
-            lora_b,
-            base.bias,
+            operand_of(base),
+            lora_a._parameters["weight"],  # type: ignore[arg-type]
+            lora_b._parameters["weight"],  # type: ignore[arg-type]
+            base._parameters["bias"],
             scaling=self.scaling[name],
             dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
             training=dropout.training,
@@ -57,11 +55,22 @@ class FusedPeftLinear(PeftLinear):  # type: ignore[misc]
         # PEFT writes through weight.data, past the version counter that casts of the weight are kept by.
         torch.autograd.graph.increment_version(self.get_base_layer().weight)
 
+    def linear_to_pack(self) -> tuple[nn.Module, bool]:
+        return self.base_layer, stores_transposed(type(self.base_layer))
+
+    def needs_plain_weight(self) -> str | None:
+        if self.merged:
+            return "it is merged"
+        if self.disable_adapters:
+            return "its adapters are switched off"
+        return None if self._fusible_adapter() else "its active adapters do not run fused"
+
     def _fusible_adapter(self) -> str | None:
         """The one active adapter, where the fused op computes what PEFT would; else None."""
-        if self.disable_adapters or self.merged or base_obstacle(self.base_layer) is not None:
+        if self.disable_adapters or self.merged or base_obstacle(_part(self, "base_layer")) is not None:
             return None
-        active: list[str] = [name for name in self.active_adapters if name in self.lora_A]
+        adapters = _part(self, "lora_A")._modules
+        active: list[str] = [name for name in self.active_adapters if name in adapters]
         if len(active) != 1 or adapter_obstacle(self, active[0]) is not None:
             return None
         return active[0]
@@ -125,16 +134,16 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
     if layer.lora_bias.get(name):
         return f"adapter {name!r} has a bias (lora_bias)"
-    lora_a, lora_b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    lora_a, lora_b, dropout = _adapter(layer, name)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter {name!r} holds a {type(lora_a).__name__} and a {type(lora_b).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"adapter {name!r} drops out by a {type(dropout).__name__}"
-    weight, a = layer.base_layer.weight, lora_a.weight
+    weight, a, b = held_weight(_part(layer, "base_layer")), held_weight(lora_a), held_weight(lora_b)
     masters = a.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
     if a.dtype != weight.dtype and not masters:
         return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
-    if type(a) is not nn.Parameter or type(lora_b.weight) is not nn.Parameter:
+    if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
         return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
@@ -143,5 +152,27 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
     return None
 
 
+# Verdicts are found anew at every call, since any part may have changed. So the parts are found past
+# nn.Module's own lookup, which takes up to 1 µs each.
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    part = module._modules[name]
+    assert part is not None
+    return part
+
+
+def _adapter(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """An adapter's A, B and dropout."""
+    a, b, dropout = (_part(_part(layer, part), name) for part in ("lora_A", "lora_B", "lora_dropout"))
+    return a, b, dropout
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.arguments import check_arguments
+from fused_lora.arguments import PANEL_ROWS, check_arguments, check_packed
 
 _LANES = 8  # columns that one Philox call decides
 _WORD = 0xFFFFFFFF
@@ -38,6 +38,15 @@ def lora_linear(
     y = F.linear(x, weight, bias)
     delta = lora_delta(x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed)
     return (y + delta).to(y.dtype)
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """The weight, out×in, of its panels: out/32 × in/u × 32u, u = 1 in float32 and 2 in bfloat16."""
+    check_packed(packed)
+    panels, steps, width = packed.shape
+    together = width // PANEL_ROWS
+    tiles = packed.reshape(panels, steps, PANEL_ROWS, together)
+    return tiles.permute(0, 2, 1, 3).reshape(panels * PANEL_ROWS, steps * together)
 
 
 def lora_delta(

@@ -1,8 +1,9 @@
-"""What a swap did, for people and for programs."""
+"""What a swap, or packing, did, for people and for programs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -18,6 +19,34 @@ class Swapped:
     in_features: int
     out_features: int
     adapter_parameters: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A layer whose weight is packed, and the bytes that it takes."""
+
+    name: str
+    bytes: int
+
+
+@dataclass
+class PackReport:
+    """Which weights are packed, and which are left plain and why. print() it."""
+
+    packed: list[Packed] = field(default_factory=list)
+    left_plain: list[Skipped] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.bytes for p in self.packed)
+
+    def __str__(self) -> str:
+        lines = [f"packed weights: {len(self.packed)}, {self.bytes / 2**20:,.1f} MiB"]
+        lines += _counted(collapsed(p.name) for p in self.packed)
+        if self.left_plain:
+            lines.append(f"{len(self.left_plain)} left plain")
+            lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.left_plain)
+        return "\n".join(lines)
 
 
 @dataclass
@@ -50,9 +79,12 @@ class Report:
         lines += [f"  {n} × {kind}, {sizes[kind]:,} adapter parameters" for kind, n in counts.items()]
         if self.skipped:
             lines.append(f"{len(self.skipped)} left as they are")
-            reasons = Counter(f"{collapsed(s.name)}: {s.reason}" for s in self.skipped)
-            lines += [f"  {n} × {reason}" for reason, n in reasons.items()]
+            lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.skipped)
         lines.append(
             f"{self.trained:,} of {self.total:,} parameters train ({100 * self.trained_share:.3f} %)"
         )
         return "\n".join(lines)
+
+
+def _counted(lines: Iterable[str]) -> list[str]:
+    return [f"  {n} × {line}" for line, n in Counter(lines).items()]

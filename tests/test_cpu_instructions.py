@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("objdump") is None, reason="binutil
 WIDE = re.compile(r"%[yz]mm\d|%[xy]mm(1[6-9]|2\d|3[01])|\{%k[1-7]\}")
 
 
-def functions() -> Iterator[tuple[str, str]]:
+def functions() -> Iterator[tuple[str, bool]]:
     """(name, whether an instruction is wide) for each function of the extension."""
     assert BINARY.module is not None
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(BINARY.module.__file__)]

@@ -310,7 +310,7 @@ def test_many_threads_may_call_at_once(path):
     assert not failures
 
 
-class Rows(torch.utils.data.Dataset):
+class Rows(torch.utils.data.Dataset[torch.Tensor]):
     """A data set that computes with a layer, as a tokeniser's or an encoder's would."""
 
     def __init__(self, given):

@@ -3,6 +3,7 @@
 
 #include "torch/cast_cache.h"
 #include "torch/ops.h"
+#include "torch/packed_weight.h"
 #include "torch/registration.h"
 
 namespace fused_lora {
@@ -27,7 +28,8 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
   const auto cast_weight = [&](const Tensor& t) {
     const bool frozen = eligible(t) && t.scalar_type() != dtype && !t.requires_grad() &&
                         at::autocast::is_autocast_cache_enabled();
-    return frozen ? cast_cache::cast(t, dtype) : cast(t);
+    if (frozen) return cast_cache::cast(t, dtype);
+    return is_packed(t) && t.scalar_type() != dtype ? cast(plain(t)) : cast(t);
   };
   const auto cast_adapter = [&](const Tensor& t) {
     return t.scalar_type() == at::kFloat ? t : cast(t);

@@ -6,6 +6,7 @@
 
 #include "composed/composed.h"
 #include "torch/ops.h"
+#include "torch/packed_weight.h"
 #include "torch/registration.h"
 
 namespace fused_lora {
@@ -62,9 +63,9 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     // Grad mode is on in a backward only where its own graph is wanted (create_graph).
     const auto gradients = [&] {
       if (at::GradMode::is_enabled()) {
-        return composed::differentiable_backward(grads[0], x, weight, lora_a, lora_b, scaling,
-                                                 composed::Dropout(dropout_p, seed, draw_mask),
-                                                 round_adapters, needed);
+        return composed::differentiable_backward(
+            grads[0], x, plain(weight), lora_a, lora_b, scaling,
+            composed::Dropout(dropout_p, seed, draw_mask), round_adapters, needed);
       }
       at::AutoDispatchBelowADInplaceOrView guard;  // past a boxed fallback that has nothing to do
       return ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
@@ -85,6 +86,9 @@ Tensor below_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_
 Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                      const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                      double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+  TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
+                    "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
+                    "train it");
   return LoRALinearFunction::apply(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p,
                                    round_adapters);
 }

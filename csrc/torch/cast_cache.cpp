@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "torch/packed_weight.h"
+
 namespace fused_lora::cast_cache {
 namespace {
 
@@ -35,14 +37,20 @@ std::unordered_map<const void*, Entry>& entries() {
 
 // Fake, traced, batched and subclassed tensors have no storage to remember a copy by, and inference
 // tensors no version.
-bool is_plain(const at::Tensor& t) {
+bool may_be_kept(const at::Tensor& t) {
   return t.has_storage() && !t.is_inference() && !t.is_meta() && !at::isTensorSubclassLike(t);
+}
+
+// What was packed is packed again, where its dtype has panels.
+at::Tensor converted(const at::Tensor& weight, at::ScalarType dtype) {
+  const at::Tensor copy = plain(weight).to(dtype);
+  return is_packed(weight) && has_panels(dtype) ? ops::pack_weight(copy) : copy;
 }
 
 }  // namespace
 
 at::Tensor cast(const at::Tensor& weight, at::ScalarType dtype) {
-  if (!is_plain(weight)) return weight.to(dtype);
+  if (!may_be_kept(weight)) return plain(weight).to(dtype);
   const void* key = weight.const_data_ptr();
   const std::lock_guard<std::mutex> lock(mutex);
   auto& map = entries();
@@ -56,7 +64,7 @@ at::Tensor cast(const at::Tensor& weight, at::ScalarType dtype) {
   // Outside inference mode and grad mode, so that the copy may serve a training step later.
   const c10::InferenceMode no_inference(false);
   const at::NoGradGuard no_grad;
-  at::Tensor copy = weight.detach().to(dtype);
+  at::Tensor copy = converted(weight.detach(), dtype);
   map.emplace(key, Entry{weight.storage().getWeakStorageImpl(), weight._version(),
                          weight.sizes().vec(), weight.strides().vec(), copy});
   return copy;

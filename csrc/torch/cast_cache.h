@@ -6,9 +6,9 @@
 
 namespace fused_lora::cast_cache {
 
-// `weight` in `dtype`: one copy, made once and kept until the weight changes (by torch's version
-// counter or its storage) or dies. Writing through `weight.data` moves neither: call clear() after
-// it.
+// `weight`, plain or packed, in `dtype`: one copy, made once and kept until the weight changes (by
+// torch's version counter or its storage) or dies. Writing through `weight.data` moves neither:
+// call clear() after it.
 at::Tensor cast(const at::Tensor& weight, at::ScalarType dtype);
 
 // Drops every copy.

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "torch/packed_weight.h"
+
 namespace fused_lora::checks {
 namespace {
 
@@ -31,6 +33,14 @@ void check_matrix(const Tensor& t, const char* name, const char* shape) {
                     t.sym_sizes());
 }
 
+void check_weight(const Tensor& weight) {
+  if (is_packed(weight)) {
+    packed_weight("lora_linear", weight);
+  } else {
+    check_matrix(weight, "weight", "out_features×in_features");
+  }
+}
+
 void check_size(const Tensor& t, const char* name, int64_t dim, const char* meaning,
                 const c10::SymInt& expected, const char* source) {
   TORCH_CHECK_VALUE(t.sym_size(dim) == expected, "lora_linear: ", name, " must have ", meaning,
@@ -48,6 +58,14 @@ void check_device(const Tensor& t, const char* name, const Tensor& like, const c
                     like.device(), " (as ", source, "), got ", t.device());
 }
 
+void check_may_be_packed(const char* op, const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.device().is_cpu() || weight.device().is_meta(), op,
+                    ": packed weights serve on the CPU alone, got one on ", weight.device());
+  TORCH_CHECK_TYPE(has_panels(weight.scalar_type()), op,
+                   ": a packed weight must be torch.float32 or torch.bfloat16, got ",
+                   dtype_name(weight.scalar_type()));
+}
+
 bool is_half(at::ScalarType dtype) {
   return dtype == at::kHalf || dtype == at::kBFloat16;
 }
@@ -58,11 +76,11 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
                     const std::optional<Tensor>& seed) {
   TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
                     " must have at least 1 dimension, got shape ", rows.sym_sizes());
-  check_matrix(weight, "weight", "out_features×in_features");
+  check_weight(weight);
   check_matrix(lora_a, "lora_a", "rank×in_features");
   check_matrix(lora_b, "lora_b", "out_features×rank");
-  check_size(lora_a, "lora_a", 1, "in_features", weight.sym_size(1), "weight");
-  check_size(lora_b, "lora_b", 0, "out_features", weight.sym_size(0), "weight");
+  check_size(lora_a, "lora_a", 1, "in_features", sym_in_features(weight), "weight");
+  check_size(lora_b, "lora_b", 0, "out_features", sym_out_features(weight), "weight");
   check_size(lora_b, "lora_b", 1, "rank", lora_a.sym_size(0), "lora_a");
   TORCH_CHECK_VALUE(lora_a.sym_size(0) >= 1, "lora_linear: lora_a must have rank ≥ 1, got shape ",
                     lora_a.sym_sizes());
@@ -98,11 +116,11 @@ void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora
                        const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
                        const std::optional<Tensor>& seed) {
   check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed);
-  check_size(x, "x", -1, "in_features", weight.sym_size(1), "weight");
+  check_size(x, "x", -1, "in_features", sym_in_features(weight), "weight");
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
                       bias->sym_sizes());
-    check_size(*bias, "bias", 0, "out_features", weight.sym_size(0), "weight");
+    check_size(*bias, "bias", 0, "out_features", sym_out_features(weight), "weight");
     check_dtype(*bias, "bias", x.scalar_type(), "x");
     check_device(*bias, "bias", x, "x");
   }
@@ -113,13 +131,16 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
                         double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
                         const std::array<bool, 5>& needed) {
   check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed);
-  check_size(dy, "dy", -1, "out_features", weight.sym_size(0), "weight");
+  check_size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
+  TORCH_CHECK_VALUE(!needed[1] || !is_packed(weight),
+                    "lora_linear: weight is packed, and packed weights are frozen: there is no "
+                    "gradient of it");
   if (needed[1] || needed[2]) {
     TORCH_CHECK_VALUE(x.has_value(), "lora_linear: x must be given for dweight and dlora_a");
     TORCH_CHECK_VALUE(x->dim() == dy.dim(), "lora_linear: x must have as many dimensions as dy (",
                       dy.dim(), "), got shape ", x->sym_sizes());
     for (int64_t d = 0; d + 1 < dy.dim(); ++d) check_size(*x, "x", d, "rows", dy.sym_size(d), "dy");
-    check_size(*x, "x", -1, "in_features", weight.sym_size(1), "weight");
+    check_size(*x, "x", -1, "in_features", sym_in_features(weight), "weight");
     check_dtype(*x, "x", dy.scalar_type(), "dy");
     check_device(*x, "x", dy, "dy");
   }
@@ -135,6 +156,28 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
                 rounded ? "dy" : "lora_a");
     check_device(*h, "h", dy, "dy");
   }
+}
+
+void pack_arguments(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2,
+                    "pack_weight: weight must be 2-D (out_features×in_features), got shape ",
+                    weight.sym_sizes());
+  check_may_be_packed("pack_weight", weight);
+  constexpr int64_t kRows = cpu::fused::kPanelRows;
+  TORCH_CHECK_VALUE(weight.sym_size(0) % kRows == 0 && weight.sym_size(1) % 2 == 0,
+                    "pack_weight: weight must have out_features in multiples of ", kRows,
+                    " and in_features in multiples of 2, got shape ", weight.sym_sizes());
+}
+
+void packed_weight(const char* op, const Tensor& packed) {
+  check_may_be_packed(op, packed);
+  const int64_t width = cpu::fused::kPanelRows * neighbours_in_panels(packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.dim() == 3 && packed.sym_size(2) == width, op, ": a packed weight in ",
+                    dtype_name(packed.scalar_type()), " must be out_features/32 × in_features/",
+                    width / cpu::fused::kPanelRows, " × ", width,
+                    ", as pack_weight makes it, got shape ", packed.sym_sizes());
+  TORCH_CHECK_VALUE(packed.is_contiguous(), op,
+                    ": a packed weight must be contiguous, got strides ", packed.sym_strides());
 }
 
 void mask_arguments(const Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,

@@ -20,6 +20,10 @@ void backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x
                         double dropout_p, const std::optional<at::Tensor>& seed,
                         bool round_adapters, const std::array<bool, 5>& needed);
 
+// A plain weight that can be packed; and a packed one, of `op`'s.
+void pack_arguments(const at::Tensor& weight);
+void packed_weight(const char* op, const at::Tensor& packed);
+
 void mask_arguments(const at::Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,
                     double p, const c10::SymInt& row_offset, const c10::SymInt& column_offset);
 

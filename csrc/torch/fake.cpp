@@ -5,6 +5,7 @@
 #include "composed/composed.h"
 #include "torch/checks.h"
 #include "torch/ops.h"
+#include "torch/packed_weight.h"
 #include "torch/registration.h"
 
 namespace fused_lora {
@@ -21,7 +22,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   c10::SymInt rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows = rows * sizes[d];
-  sizes.back() = weight.sym_size(0);
+  sizes.back() = sym_out_features(weight);
   const auto low = composed::rank_dtype(x, lora_a, round_adapters);
   return {at::empty_symint(sizes, x.options()),
           at::empty_symint({rows, lora_a.sym_size(0)}, x.options().dtype(low))};
@@ -37,10 +38,10 @@ composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Te
     return needed ? at::empty_symint(t.sym_sizes(), t.options()) : Tensor();
   };
   c10::SymDimVector dx_sizes(dy.sym_sizes().begin(), dy.sym_sizes().end());
-  dx_sizes.back() = weight.sym_size(1);
+  dx_sizes.back() = sym_in_features(weight);
   return {needed[0] ? at::empty_symint(dx_sizes, dy.options()) : Tensor(), like(needed[1], weight),
           like(needed[2], lora_a), like(needed[3], lora_b),
-          needed[4] ? at::empty_symint({weight.sym_size(0)}, dy.options()) : Tensor()};
+          needed[4] ? at::empty_symint({sym_out_features(weight)}, dy.options()) : Tensor()};
 }
 
 // The sizes come by value: the dispatcher knows no other signature for them.
@@ -50,12 +51,28 @@ Tensor dropout_mask(const Tensor& seed, c10::SymInt rows, c10::SymInt columns, d
   return at::empty_symint({rows, columns}, seed.options().dtype(dtype));
 }
 
+Tensor pack_weight(const Tensor& weight) {
+  checks::pack_arguments(weight);
+  const int64_t together = neighbours_in_panels(weight.scalar_type());
+  return at::empty_symint(
+      {weight.sym_size(0) / cpu::fused::kPanelRows, weight.sym_size(1) / together,
+       c10::SymInt(cpu::fused::kPanelRows * together)},
+      weight.options());
+}
+
+Tensor unpack_weight(const Tensor& packed) {
+  checks::packed_weight("unpack_weight", packed);
+  return at::empty_symint({sym_out_features(packed), sym_in_features(packed)}, packed.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, Meta, m) {
   m.impl("lora_linear_forward", &forward);
   m.impl("lora_linear_backward", &backward);
   m.impl("dropout_mask", &dropout_mask);
+  m.impl("pack_weight", &pack_weight);
+  m.impl("unpack_weight", &unpack_weight);
 }
 
 }  // namespace fused_lora

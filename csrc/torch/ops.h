@@ -30,4 +30,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_line
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,
                         c10::SymInt row_offset, c10::SymInt column_offset, at::ScalarType dtype);
 
+// A plain weight in panels and back (torch/packed_weight.h).
+at::Tensor pack_weight(const at::Tensor& weight);
+at::Tensor unpack_weight(const at::Tensor& packed);
+
 }  // namespace fused_lora::ops

@@ -28,6 +28,7 @@
 #include "torch/checks.h"
 #include "torch/choice.h"
 #include "torch/ops.h"
+#include "torch/packed_weight.h"
 #include "torch/path.h"
 
 namespace fused_lora {
@@ -105,7 +106,7 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor>;
 
 inline ForwardResult composed_forward(const at::Tensor& x, const Parameters& p,
                                       const ops::OptionalTensor& bias) {
-  return composed::forward(x, p.weight, p.lora_a, p.lora_b, bias, p.scaling, p.dropout,
+  return composed::forward(x, plain(p.weight), p.lora_a, p.lora_b, bias, p.scaling, p.dropout,
                            p.round_adapters);
 }
 
@@ -140,7 +141,7 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
   void allocate() override {
     if (y_.defined()) return;
     const auto low = composed::rank_dtype(x_, p_.lora_a, p_.round_adapters);
-    y_ = at::empty(composed::with_last_size(on_, p_.weight.size(0)), x_.options());
+    y_ = at::empty(composed::with_last_size(on_, out_features(p_.weight)), x_.options());
     h_ = at::empty({x_.size(0), p_.lora_a.size(0)}, x_.options().dtype(low));
     call_.y = y_.mutable_data_ptr();
     call_.h = h_.mutable_data_ptr();
@@ -157,7 +158,9 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
 inline composed::Gradients composed_backward(const at::Tensor& dy, const ops::OptionalTensor& x,
                                              const ops::OptionalTensor& h, const Parameters& p,
                                              const composed::Needed& needed) {
-  return composed::backward(dy, x, p.weight, p.lora_a, p.lora_b, h, p.scaling, p.dropout,
+  // dx alone is made of the weight.
+  const at::Tensor weight = needed[0] ? plain(p.weight) : p.weight;
+  return composed::backward(dy, x, weight, p.lora_a, p.lora_b, h, p.scaling, p.dropout,
                             p.round_adapters, needed);
 }
 
@@ -207,7 +210,7 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
     const auto dense = [](at::IntArrayRef sizes, const at::Tensor& like) {
       return at::empty(sizes, like.options());
     };
-    if (needs_x()) dx_ = dense(composed::with_last_size(on_, p_.weight.size(1)), dy_);
+    if (needs_x()) dx_ = dense(composed::with_last_size(on_, in_features(p_.weight)), dy_);
     if (needs_a()) dlora_a_ = dense(p_.lora_a.sizes(), p_.lora_a);
     if (needs_b()) dlora_b_ = dense(p_.lora_b.sizes(), p_.lora_b);
     const auto pointer = [](const at::Tensor& t) {

@@ -10,6 +10,10 @@
 // graph holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and
 // then takes a seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype
 // inside. Backward takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
+//
+// A weight is out_features×in_features, or on the CPU what pack_weight makes of it: 3-D, panels of
+// 32 rows that the kernels read from beginning to end (torch/packed_weight.h). A packed weight has
+// no gradient.
 FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
@@ -26,6 +30,8 @@ FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
   m.def(
       "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, *, SymInt row_offset=0, "
       "SymInt column_offset=0, ScalarType dtype=bool) -> Tensor");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("unpack_weight(Tensor packed) -> Tensor");
 }
 
 namespace fused_lora::ops {
@@ -68,6 +74,16 @@ at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt co
   static const auto op = find<decltype(dropout_mask)>("dropout_mask");
   return op.call(seed, std::move(rows), std::move(columns), p, std::move(row_offset),
                  std::move(column_offset), dtype);
+}
+
+at::Tensor pack_weight(const at::Tensor& weight) {
+  static const auto op = find<decltype(pack_weight)>("pack_weight");
+  return op.call(weight);
+}
+
+at::Tensor unpack_weight(const at::Tensor& packed) {
+  static const auto op = find<decltype(unpack_weight)>("unpack_weight");
+  return op.call(packed);
 }
 
 }  // namespace fused_lora::ops

@@ -10,13 +10,10 @@
 #include "common/dropout.h"
 #include "cpu/dropout_mask.h"
 #include "torch/cpu/level.h"
+#include "torch/packed_weight.h"
 
 namespace fused_lora::cpu {
 namespace {
-
-fused::DType kernel_dtype(at::ScalarType dtype) {
-  return dtype == at::kFloat ? fused::DType::kFloat32 : fused::DType::kBFloat16;
-}
 
 void run_in_torchs_pool(void* /*context*/, int64_t tasks, fused::Parallel::Body body,
                         void* closure) {
@@ -38,6 +35,14 @@ double median(std::vector<double> times) {
 
 }  // namespace
 
+fused::DType kernel_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat ? fused::DType::kFloat32 : fused::DType::kBFloat16;
+}
+
+fused::Parallel torchs_pool() {
+  return {run_in_torchs_pool, nullptr, at::in_parallel_region() ? 1 : at::get_num_threads()};
+}
+
 std::string Backend::obstacle(const at::Tensor& rows) {
   const auto dtype = rows.scalar_type();
   if (dtype == at::kFloat || dtype == at::kBFloat16) return level_obstacle();
@@ -46,23 +51,25 @@ std::string Backend::obstacle(const at::Tensor& rows) {
       .append(" on the CPU");
 }
 
-fused::MatrixView Backend::view(const at::Tensor& matrix) {
-  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+fused::MatrixView Backend::view(const at::Tensor& tensor) {
+  if (is_packed(tensor)) return {tensor.const_data_ptr()};
+  const int64_t rows = tensor.size(0), columns = tensor.size(1);
   // A dimension of one element has no stride, and what the tensor says of it is arbitrary.
-  const int64_t column_stride = columns > 1 ? matrix.stride(1) : 1;
-  return {matrix.const_data_ptr(), rows > 1 ? matrix.stride(0) : columns, column_stride};
+  const int64_t column_stride = columns > 1 ? tensor.stride(1) : 1;
+  return {tensor.const_data_ptr(), rows > 1 ? tensor.stride(0) : columns, column_stride};
 }
 
 fused::Problem Backend::problem(const at::Tensor& rows, const at::Tensor& weight,
                                 const at::Tensor& lora_a, bool round_adapters) {
   fused::Problem p;
   p.rows = rows.size(0);
-  p.in_features = weight.size(1);
-  p.out_features = weight.size(0);
+  p.in_features = in_features(weight);
+  p.out_features = out_features(weight);
   p.rank = lora_a.size(0);
   p.dtype = kernel_dtype(rows.scalar_type());
   p.adapter_dtype = kernel_dtype(lora_a.scalar_type());
   p.round_adapters = round_adapters && p.dtype != p.adapter_dtype;
+  p.weight_in_panels = is_packed(weight);
   return p;
 }
 
@@ -105,16 +112,12 @@ bool presumed_faster(const fused::Problem& /*problem*/) {
 }
 
 void Backend::complete(ShapeClass& shape) const {
-  shape.threads = threads_;
+  shape.threads = pool_.threads;
   shape.instructions = level_name();
 }
 
-int Backend::threads_here() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
-
 void Backend::launch(const ForwardCall& call) const {
-  fused::run(call, level(), {run_in_torchs_pool, nullptr, threads_});
+  fused::run(call, level(), pool_);
 }
 
 void Backend::launch(BackwardCall call) const {
@@ -124,7 +127,7 @@ void Backend::launch(BackwardCall call) const {
     g = at::empty({call.problem.rows, call.problem.rank}, wide ? at::kFloat : at::kBFloat16);
     call.g = g.mutable_data_ptr();
   }
-  fused::run(call, level(), {run_in_torchs_pool, nullptr, threads_});
+  fused::run(call, level(), pool_);
 }
 
 }  // namespace fused_lora::cpu

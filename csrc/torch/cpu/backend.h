@@ -16,15 +16,22 @@ namespace fused_lora::cpu {
 // timed.
 bool presumed_faster(const fused::Problem& problem);
 
+// A dtype that has kernels.
+fused::DType kernel_dtype(at::ScalarType dtype);
+
+// Torch's threads; one inside a parallel region of torch's.
+fused::Parallel torchs_pool();
+
 class Backend {
  public:
   using ForwardCall = fused::ForwardCall;
   using BackwardCall = fused::BackwardCall;
 
-  explicit Backend(const at::Tensor& /*on*/) : threads_(threads_here()) {}
+  explicit Backend(const at::Tensor& /*on*/) : pool_(torchs_pool()) {}
 
   static std::string obstacle(const at::Tensor& rows);
-  static fused::MatrixView view(const at::Tensor& matrix);
+  // A matrix, or a packed weight, which has no strides.
+  static fused::MatrixView view(const at::Tensor& tensor);
   static fused::Problem problem(const at::Tensor& rows, const at::Tensor& weight,
                                 const at::Tensor& lora_a, bool round_adapters);
   static fused::Dropout dropout(const composed::Dropout& dropout);
@@ -44,10 +51,7 @@ class Backend {
   void launch(BackwardCall call) const;
 
  private:
-  // torch's, or 1 inside a parallel region of torch's.
-  static int threads_here();
-
-  int threads_;
+  fused::Parallel pool_;
 };
 
 }  // namespace fused_lora::cpu
