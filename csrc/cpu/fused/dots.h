@@ -28,11 +28,6 @@ struct Dots {
   int64_t padded;
 };
 
-// Into the second cache: what comes later than the next lines.
-inline void prefetch_far(const void* at) {
-  __builtin_prefetch(at, 0, 2);
-}
-
 // A vector of units at a column's place, kNarrow: of bf16.
 template <bool kPairs, bool kNarrow>
 inline F load_column(const char* at) {

@@ -109,6 +109,12 @@ inline void prefetch(const Operand& operand, int64_t at) {
   __builtin_prefetch(static_cast<const char*>(operand.data) + at * size);
 }
 
+// Into the second cache: what comes later than the next lines. More of these are under way at once
+// than the first cache waits for.
+inline void prefetch_far(const void* at) {
+  __builtin_prefetch(at, 0, 2);
+}
+
 // Rows row .. row+rows-1 of `from`, columns begin .. end-1, as units: to[i * stride + unit].
 template <bool kPairs>
 void copy_rows(const Operand& from, int64_t row, int64_t rows, int64_t begin, int64_t end,

@@ -33,15 +33,17 @@ inline F load_across(const Operand& from, int64_t row, int64_t column) {
 }
 
 // The units that begin at `row` of columns column .. column+kWidth-1, a vector for each column. Of
-// a weight's panels row and column are multiples of kWidth; the next panel is far away.
+// a weight's panels row and column are multiples of kWidth. ahead: from there to what is read
+// later.
 template <bool kPairs>
 inline __attribute__((always_inline)) void load_down(const Operand& from, int64_t row,
-                                                     int64_t column, F (&columns)[kWidth]) {
+                                                     int64_t column, int64_t ahead,
+                                                     F (&columns)[kWidth]) {
   if (from.layout == Layout::kStrided) {
     const int64_t at = row + column * from.column_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
-      prefetch(from, at + i * from.column_stride + 8 * kWidth * (kPairs ? 2 : 1));
+      prefetch(from, at + i * from.column_stride + ahead);
       columns[i] = load_units<kPairs>(from, at + i * from.column_stride);
     }
     return;
@@ -51,7 +53,7 @@ inline __attribute__((always_inline)) void load_down(const Operand& from, int64_
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
       const int64_t here = at + i * kPanelRows;
-      prefetch(from, here + from.row_stride);
+      prefetch_far(as_f32(from.data) + here + ahead);
       columns[i] = load(as_f32(from.data) + here);
     }
     return;
@@ -61,9 +63,9 @@ inline __attribute__((always_inline)) void load_down(const Operand& from, int64_
   for (int i = 0; i < kWidth; i += 2) {
     const int64_t here = at + i * kPanelRows;
     const F first = load_units<true>(from, here);
-    prefetch(from, here + from.row_stride);
+    prefetch_far(as_bf16(from.data) + here + ahead);
     if constexpr (kPairs) {
-      prefetch(from, here + from.row_stride + 2 * kWidth);
+      prefetch_far(as_bf16(from.data) + here + ahead + 2 * kWidth);
       const F second = load_units<true>(from, here + 2 * kWidth);
       columns[i] = halves<0>(first, second);
       columns[i + 1] = halves<1>(first, second);
@@ -134,13 +136,17 @@ void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column
     });
   } else if (reading == Reading::kDown) {
     const int64_t whole_units = (end - begin) / (kStep * kWidth) * kWidth;
+    // Down the same columns next, or if it is one panel, along it.
+    const int64_t ahead = plain(from)                ? 8 * kStep * kWidth
+                          : end - begin > kPanelRows ? from.row_stride
+                                                     : 2 * kPanelRows * kTileColumns;
     // Less than a vector of units, such as those of a low rank.
     const bool first_units = plain(from) && (kPairs || from.stored == DType::kFloat32);
     const int64_t rest = first_units ? (end - begin) / kStep - whole_units : 0;
     for (int64_t c = 0; c < whole; c += kWidth) {
       for (int64_t unit = 0; unit < whole_units; unit += kWidth) {
         F block[kWidth];
-        load_down<kPairs>(from, begin + kStep * unit, column + c, block);
+        load_down<kPairs>(from, begin + kStep * unit, column + c, ahead, block);
         transpose(block);
         float* out = place(c, unit);
 #pragma GCC unroll 16

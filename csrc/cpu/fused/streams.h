@@ -14,10 +14,12 @@ namespace {
 // Of depth, that the sums meet between two rests.
 constexpr int64_t kStreamUnits = 8;
 constexpr int64_t kPanelUnits = 64;
+constexpr int64_t kPanelAhead = 1024;  // floats
 constexpr int64_t kLaidDepth = kPanelRows;
 constexpr int kStreamHeight = kTileRows < 8 ? kTileRows : 8;
 
-static_assert(kUnits % kStreamUnits == 0 && kUnits % kPanelUnits == 0 && kUnits % kLaidDepth == 0,
+static_assert(kDotUnits % kStreamUnits == 0 && kDotUnits % kPanelUnits == 0 &&
+                  kDotUnits % kLaidDepth == 0,
               "a chunk is of whole pieces");
 
 // How the vectors of a piece of `right` are read.
@@ -25,11 +27,11 @@ enum class Source { kF32, kBF16, kUnits };
 
 // Units of the depth, and tiles of kRows rows × kVectors vectors of sums that meet them.
 struct Piece {
-  const float* left;  // kLeftStride apart
+  const float* left;  // kDotStride apart
   int64_t units, tiles;
   const void* right;
   int64_t pitch;  // elements to the next row of right, or floats to the next unit
-  int64_t ahead;  // elements to what is read later; 0: has been read
+  int64_t ahead;  // elements, or floats, to what is read later; 0: has been read
   float* sums;
   int64_t sums_stride;  // from tile to tile
   bool empty;           // the sums begin here
@@ -58,7 +60,7 @@ inline __attribute__((always_inline)) void load_unit(const void* right, int64_t 
     const float* row = as_f32(right) + at;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kSource == Source::kF32) prefetch_far(row + ahead + v * kWidth);
+      prefetch_far(row + ahead + v * kWidth);
       columns[v] = load(row + v * kWidth);
     }
   }
@@ -83,7 +85,7 @@ void meet(const Piece& given) {
       load_unit<kVectors, kPairs, kSource>(piece.right, at, piece.pitch, piece.ahead, columns);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const F row = splat(left[i * kLeftStride]);
+        const F row = splat(left[i * kDotStride]);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           sums[i][v] = multiply_add_units<kPairs>(row, columns[v], sums[i][v]);
@@ -166,7 +168,7 @@ void meet_rows(Piece piece, Source source, int64_t rows, int64_t vectors) {
   float* sums = piece.sums;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t i = group * rows / groups, height = (group + 1) * rows / groups - i;
-    piece.left = left + i * kLeftStride;
+    piece.left = left + i * kDotStride;
     piece.sums = sums + i * vectors * kWidth;
     meet_of<kPairs>(source, height, vectors)(piece);
     piece.ahead = 0;
@@ -200,7 +202,9 @@ void stream_chunk(const Operand& right, const Mask& mask, const float* left, int
       source = size == 2 ? Source::kBF16 : Source::kF32;
       piece.pitch = right.row_stride;
       piece.ahead = (row_end - row) * right.row_stride;
-    } else if (order != Order::kPanels) {
+    } else if (order == Order::kPanels) {
+      piece.ahead = kPanelAhead;
+    } else {
       pack_panels<kPairs>(right, row, row_end, column, column + width, mask, laid);
       piece.right = laid;
       piece.pitch = kTileColumns;
@@ -231,12 +235,12 @@ void stream_chunk(const Operand& right, const Mask& mask, const float* left, int
 template <bool kPairs>
 void stream(const Operand& left, const Operand& right, int64_t depth, const Mask& left_mask,
             const Mask& mask, Sums& sums, Scratch& scratch) {
-  constexpr int64_t kDepth = (kPairs ? 2 : 1) * kUnits;
+  constexpr int64_t kDepth = (kPairs ? 2 : 1) * kDotUnits;
   for (int64_t begin = 0; begin < depth; begin += kDepth) {
     const int64_t end = smaller(depth, begin + kDepth);
-    copy_rows<kPairs>(left, sums.row, sums.rows, begin, end, scratch.dot_left, kLeftStride);
+    copy_rows<kPairs>(left, sums.row, sums.rows, begin, end, scratch.dot_left, kDotStride);
     if (left_mask.bits != nullptr) {
-      mask_rows<kPairs>(left_mask, sums.row, sums.rows, begin, end, scratch.dot_left, kLeftStride);
+      mask_rows<kPairs>(left_mask, sums.row, sums.rows, begin, end, scratch.dot_left, kDotStride);
     }
     const bool first = begin == 0;
     stream_chunk<kPairs>(right, mask, scratch.dot_left, begin, end, sums, first ? sums.empty : true,
