@@ -48,8 +48,8 @@ format: $(VENV)/built  ## format the Python and the C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: $(VENV)/built  ## time layers against the frozen linear and PEFT
-	$(BIN)/python -m benchmarks.linear $(ARGS)
+bench: $(VENV)/built  ## on the CPU: time layers and a model beside PEFT and the frozen ones; ARGS=--full and more
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 clean:  ## remove what was built; the environments stay
 	rm -rf build dist out *.egg-info fused_lora/_C.*.so fused_lora/_build.json
