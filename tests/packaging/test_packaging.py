@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import fused_lora
 from build_support.toolkit import find_toolkit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,7 +147,7 @@ class TestInstalled:
         printed = succeed(installed.python, "-c", RUN, cwd=tmp_path, PYTHONPATH=str(installed.site))
         told = json.loads(printed.splitlines()[-1])
         assert Path(told["file"]).parent.parent == installed.site
-        assert told["path"].startswith("composed")
+        assert told["path"] == fused_lora.explain()
         assert told["facts"]["torch"] == told["torch"]
         assert told["facts"]["torch_cuda"] == (told["cuda"] or "none")
 
