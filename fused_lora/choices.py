@@ -164,16 +164,18 @@ def _devices() -> list[str]:
 
 
 def _device_name(device: str) -> str:
-    return _processor() if device == "cpu" else torch.cuda.get_device_name(torch.device(device))
+    return processor_name() if device == "cpu" else torch.cuda.get_device_name(torch.device(device))
 
 
 @functools.cache
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+def processor_name() -> str:
+    """The CPU's model, where the system tells it; else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _table(path: Path) -> Table:

@@ -87,11 +87,8 @@ def explain(
             weight_packed=weight_packed,
             threads=threads,
         )
-        lines = [line, f"kernels: {BINARY.module.cpu_level()}, {threads} threads"]
-        if paths.asked() == "auto":
-            lines.append("choices:")
-            lines += [f"  {half}: {_choice('cpu', *what)}" for half, what in classes.items()]
-        return "\n".join(lines)
+        kernels = f"kernels: {BINARY.module.cpu_level()}, {threads} threads"
+        return "\n".join([line, kernels, *_choices("cpu", classes)])
     label, figures, found_device = _gpu(device, gpu)
     found: dict[str, tuple[str, str, bool]] = BINARY.module.explain_shape(
         **shape,
@@ -106,11 +103,7 @@ def explain(
     )
     lines = [line, f"kernels, for {label}:"]
     lines += [f"  {half}: {plan}" for half, (_, plan, _) in found.items()]
-    if paths.asked() == "auto":
-        lines.append("choices:")
-        lines += [
-            f"  {half}: {_choice(found_device, shape, fast)}" for half, (shape, _, fast) in found.items()
-        ]
+    lines += _choices(found_device, {half: (shape, fast) for half, (shape, _, fast) in found.items()})
     return "\n".join(lines)
 
 
@@ -137,6 +130,13 @@ def _gpu(device: torch.device, name: str) -> tuple[str, tuple[int, int, int], st
     if name not in GPUS:
         raise ValueError(f"explain: gpu must be one of {', '.join(GPUS)}, got {name!r}")
     return f"the figures of an {name} (no GPU is at hand)", GPUS[name], None
+
+
+def _choices(device: str | None, classes: dict[str, tuple[str, bool]]) -> list[str]:
+    """What auto does with the classes of a forward and a backward; nothing where a path was asked for."""
+    if paths.asked() != "auto":
+        return []
+    return ["choices:", *(f"  {half}: {_choice(device, *what)}" for half, what in classes.items())]
 
 
 def _choice(device: str | None, shape: str, presumed_faster: bool) -> str:
