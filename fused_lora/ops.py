@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
@@ -113,6 +115,18 @@ def dropout_mask(
     )
     assert isinstance(mask, Tensor)
     return mask
+
+
+def _masks(
+    info: Any, in_dims: tuple[int | None, ...], seed: Tensor, *sizes: Any, **options: Any
+) -> tuple[Tensor, int]:
+    """A mask for each seed of a batch, which vmap(…, randomness="different") draws."""
+    seeds = seed.movedim(in_dims[0] or 0, 0)
+    return torch.stack([torch.ops.fused_lora.dropout_mask(one, *sizes, **options) for one in seeds]), 0
+
+
+if _compiled is not None:
+    torch.library.register_vmap("fused_lora::dropout_mask", _masks)
 
 
 def clear_cast_cache() -> None:

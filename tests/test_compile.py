@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-import fused_lora
 from fused_lora import LoRALinear, lora_linear
 from tests.operands import BF16, DTYPES, F32, forward_and_backward, operands
 
@@ -160,20 +159,6 @@ def test_checkpointing_draws_the_same_mask_again(use_reentrant, compiled):
         dx = x.grad
     # y is linear in x for a given mask: y − b = x · (∂Σy/∂x) summed, only if both used one mask.
     torch.testing.assert_close((x * dx).sum(), (y - layer.bias).sum(), rtol=1e-4, atol=1e-3)
-
-
-def test_torch_func_is_refused_with_a_reason():
-    given = operands()
-    with pytest.raises(RuntimeError, match=r"functorch|C\+\+"):
-        torch.func.grad(lambda a: lora_linear(given.x, given.weight, a, given.lora_b).sum())(given.lora_a)
-
-
-def test_forward_mode_is_refused_with_a_reason():
-    given = operands()
-    with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(given.x, torch.ones_like(given.x))
-        with pytest.raises(RuntimeError, match="jvp is not implemented"):
-            fused_lora.lora_linear(x, *given.tensors[1:])
 
 
 def test_differentiating_a_half_by_hand_is_refused():

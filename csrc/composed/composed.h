@@ -38,11 +38,28 @@ Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
                    bool round_adapters, const Needed& needed);
 
-// The same gradients out of torch's differentiable operations, for callers who want a graph of the
-// backward itself (create_graph): slower, and differentiable any number of times.
+// The same op and gradients out of torch's differentiable operations alone (differentiable.cpp),
+// for who derives in other ways than one backward: a graph of the backward itself (create_graph),
+// transforms of torch.func, forward-mode derivatives. Slower, and no more sparing than torch.
+
+// A dropout mask drawn whole. keep: M×K, zeros and ones; undefined where nothing is dropped.
+struct Mask {
+  at::Tensor keep;
+  double scale = 1.0;
+
+  // t: M elements by K, in any number of dimensions.
+  at::Tensor operator()(const at::Tensor& t) const;
+};
+
+// Sizes may be symbolic.
+at::Tensor differentiable_forward(const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                  const std::optional<at::Tensor>& bias, double scaling,
+                                  const Mask& drop, bool round_adapters);
+
 Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                   const at::Tensor& weight, const at::Tensor& lora_a,
-                                  const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                                  const at::Tensor& lora_b, double scaling, const Mask& drop,
                                   bool round_adapters, const Needed& needed);
 
 }  // namespace fused_lora::composed

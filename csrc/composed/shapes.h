@@ -14,6 +14,13 @@ inline at::Tensor as_matrix(const at::Tensor& tensor) {
   return tensor.reshape({rows, columns});
 }
 
+// M, of sizes that may be symbolic.
+inline c10::SymInt sym_rows(const at::Tensor& tensor) {
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d + 1 < tensor.dim(); ++d) rows = rows * tensor.sym_size(d);
+  return rows;
+}
+
 // The tensor's leading dimensions, and another number of columns.
 inline at::DimVector with_last_size(const at::Tensor& tensor, int64_t columns) {
   at::DimVector sizes(tensor.sizes());

@@ -1,12 +1,17 @@
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include "common/dropout.h"
 #include "composed/composed.h"
+#include "composed/shapes.h"
+#include "torch/checks.h"
 #include "torch/ops.h"
 #include "torch/packed_weight.h"
+#include "torch/path.h"
 #include "torch/registration.h"
 
 namespace fused_lora {
@@ -17,9 +22,33 @@ using ops::OptionalTensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor draw_mask(const Tensor& seed, int64_t rows, int64_t columns, double p, int64_t row_offset,
-                 int64_t column_offset, at::ScalarType dtype) {
-  return ops::dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
+// rows: x or dy.
+composed::Mask whole_mask(const Tensor& rows, const Tensor& weight, const Tensor& lora_a,
+                          double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+  if (dropout_p == 0.0) return {};
+  const auto low = composed::rank_dtype(rows, lora_a, round_adapters);
+  return {ops::dropout_mask(*seed, composed::sym_rows(rows), sym_in_features(weight), dropout_p,
+                            /*row_offset=*/0, /*column_offset=*/0, low),
+          DropoutRule::from_probability(dropout_p).scale};
+}
+
+// Out of torch's own operations, which torch knows how to transform.
+Tensor out_of_torchs(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                     const Tensor& lora_b, const OptionalTensor& bias, double scaling,
+                     double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+  TORCH_CHECK(asked_path() != Path::kFused,
+              "lora_linear: path 'fused' was asked for, but torch's own operations compute under "
+              "transforms of torch.func and for forward-mode derivatives");
+  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
+  const auto drop = whole_mask(x, weight, lora_a, dropout_p, seed, round_adapters);
+  return composed::differentiable_forward(x, plain(weight), lora_a, lora_b, bias, scaling, drop,
+                                          round_adapters);
+}
+
+// torch includes the key while there is a transform to apply, and takes it away around what the
+// last one has been applied to.
+bool within_torch_func() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 // Saves x, h and the seed, and the parameters by reference; of x and h no more than the trainable
@@ -60,12 +89,14 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
                                      ctx->needs_input_grad(2), ctx->needs_input_grad(3),
                                      has_bias && ctx->needs_input_grad(4)};
 
-    // Grad mode is on in a backward only where its own graph is wanted (create_graph).
+    // Grad mode is on in a backward only where its own graph is wanted (create_graph); within a
+    // transform it computes a batch of gradients (is_grads_batched).
     const auto gradients = [&] {
-      if (at::GradMode::is_enabled()) {
+      if (at::GradMode::is_enabled() || within_torch_func()) {
         return composed::differentiable_backward(
             grads[0], x, plain(weight), lora_a, lora_b, scaling,
-            composed::Dropout(dropout_p, seed, draw_mask), round_adapters, needed);
+            whole_mask(grads[0], weight, lora_a, dropout_p, seed, round_adapters), round_adapters,
+            needed);
       }
       at::AutoDispatchBelowADInplaceOrView guard;  // past a boxed fallback that has nothing to do
       return ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
@@ -89,6 +120,11 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
   TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
                     "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
                     "train it");
+  using torch::autograd::isFwGradDefined;
+  if (within_torch_func() || isFwGradDefined(x) || isFwGradDefined(weight) ||
+      isFwGradDefined(lora_a) || isFwGradDefined(lora_b) || isFwGradDefined(bias)) {
+    return out_of_torchs(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+  }
   return LoRALinearFunction::apply(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p,
                                    round_adapters);
 }
@@ -97,6 +133,11 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lora_linear", &below_autograd);
+}
+
+// vmap.
+TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, FuncTorchBatchedDecomposition, m) {
+  m.impl("lora_linear", &out_of_torchs);
 }
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, Autograd, m) {

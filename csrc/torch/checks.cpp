@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "composed/shapes.h"
 #include "torch/packed_weight.h"
 
 namespace fused_lora::checks {
@@ -147,9 +148,7 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
   if (needed[3]) {
     TORCH_CHECK_VALUE(h.has_value(), "lora_linear: h must be given for dlora_b");
     check_matrix(*h, "h", "rows×rank");
-    c10::SymInt rows = 1;
-    for (int64_t d = 0; d + 1 < dy.dim(); ++d) rows = rows * dy.sym_size(d);
-    check_size(*h, "h", 0, "rows", rows, "dy");
+    check_size(*h, "h", 0, "rows", composed::sym_rows(dy), "dy");
     check_size(*h, "h", 1, "rank", lora_a.sym_size(0), "lora_a");
     const bool rounded = round_adapters || dy.scalar_type() == lora_a.scalar_type();
     check_dtype(*h, "h", rounded ? dy.scalar_type() : lora_a.scalar_type(),

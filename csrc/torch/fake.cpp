@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "composed/composed.h"
+#include "composed/shapes.h"
 #include "torch/checks.h"
 #include "torch/ops.h"
 #include "torch/packed_weight.h"
@@ -20,12 +21,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
                                    bool round_adapters) {
   checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
-  c10::SymInt rows = 1;
-  for (size_t d = 0; d + 1 < sizes.size(); ++d) rows = rows * sizes[d];
   sizes.back() = sym_out_features(weight);
   const auto low = composed::rank_dtype(x, lora_a, round_adapters);
   return {at::empty_symint(sizes, x.options()),
-          at::empty_symint({rows, lora_a.sym_size(0)}, x.options().dtype(low))};
+          at::empty_symint({composed::sym_rows(x), lora_a.sym_size(0)}, x.options().dtype(low))};
 }
 
 composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,

@@ -1,4 +1,5 @@
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 
 #include "composed/composed.h"
@@ -6,20 +7,28 @@
 
 namespace fused_lora::composed {
 
+at::Tensor Mask::operator()(const at::Tensor& t) const {
+  return keep.defined() ? t * keep.reshape_symint(t.sym_sizes()) * scale : t;
+}
+
+at::Tensor differentiable_forward(const at::Tensor& x, const at::Tensor& weight,
+                                  const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                  const std::optional<at::Tensor>& bias, double scaling,
+                                  const Mask& drop, bool round_adapters) {
+  const auto low = rank_dtype(x, lora_a, round_adapters);
+  const at::Tensor h = at::linear(drop(x.to(low)), lora_a.to(low)) * scaling;
+  return (at::linear(x, weight, bias) + at::linear(h, lora_b.to(low))).to(x.scalar_type());
+}
+
 // h is formed again from x and A here: the saved one has no graph behind it.
 Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                                   const at::Tensor& weight, const at::Tensor& lora_a,
-                                  const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                                  const at::Tensor& lora_b, double scaling, const Mask& drop,
                                   bool round_adapters, const Needed& needed) {
   const auto low = rank_dtype(dy, lora_a, round_adapters);
   const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
   const at::Tensor dy_rows = as_matrix(dy), rows = x ? as_matrix(*x) : at::Tensor();
   const at::Tensor a = lora_a.to(low), b = lora_b.to(low), dy_low = dy_rows.to(low);
-  at::Tensor mask;
-  if (dropout.active()) mask = dropout.mask(0, dy_rows.size(0), weight.size(1), low);
-  const auto drop = [&](const at::Tensor& t) {
-    return mask.defined() ? t * mask * dropout.scale : t;
-  };
 
   at::Tensor dx, dweight, da, db, dbias;
   const at::Tensor g = at::matmul(dy_low, b) * scaling;
