@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
 from fused_lora.ops import lora_linear, seed_on
-from fused_lora.packed import PacksWeight, held_weight, packed_weight, unpack_weight
+from fused_lora.packed import WEIGHT, PacksWeight, held_weight, plain_parameters, unpack_weight
 
 # Classes that compute x Wᵀ + b and nothing else, by qualified name so that no library is imported for
 # them, and whether they hold W transposed (in_features×out_features). A subclass may do more, so only
@@ -24,6 +26,9 @@ PLAIN_LINEARS = {
     "transformers.pytorch_utils.Conv1D": True,
     "transformers.models.falcon.modeling_falcon.FalconLinear": False,
 }
+# What a plain Parameter is: one; while torch.export traces it, or torch.func.functional_call puts another
+# in its place, these.
+PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -394,7 +399,7 @@ def obstacle(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward is overridden on the instance (as offloading and quantising hooks do)"
     weight = held_weight(module)
-    if type(weight) is not nn.Parameter and packed_weight(module) is None:
+    if type(plain_parameters(module).get(WEIGHT)) not in PLAIN_PARAMETERS:
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}"

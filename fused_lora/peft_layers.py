@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.layer import obstacle, operand_of, stores_transposed
+from fused_lora.layer import PLAIN_PARAMETERS, obstacle, operand_of, stores_transposed
 from fused_lora.ops import lora_linear
 from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
@@ -143,7 +143,7 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
     masters = a.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
     if a.dtype != weight.dtype and not masters:
         return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
-    if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
+    if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
         return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
