@@ -8,6 +8,7 @@ from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
+MASK_LANES = 8  # columns of a dropout mask that one Philox call decides
 PANEL_ROWS = 32  # rows of a weight that lie together where it is packed
 
 
@@ -19,6 +20,7 @@ def check_arguments(
     bias: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    column_offset: int = 0,
 ) -> None:
     """Raises ValueError for a shape, device or probability, TypeError for a dtype."""
     if x.dim() < 1:
@@ -48,6 +50,10 @@ def check_arguments(
             raise ValueError("lora_linear: seed must be given with dropout_p > 0")
         _seed("lora_linear", seed)
         _device(seed, "seed", x)
+    if column_offset < 0 or column_offset % MASK_LANES:
+        raise ValueError(
+            f"lora_linear: column_offset must be a multiple of {MASK_LANES} and ≥ 0, got {column_offset}"
+        )
     _size(x, "x", x.dim() - 1, "in_features", in_features, "weight", dim_name="-1")
     if bias is not None:
         _dims(bias, "bias", 1, "out_features")

@@ -26,6 +26,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     training: bool = True,
     seed: Tensor | int | None = None,
+    column_offset: int = 0,
 ) -> Tensor:
     """A linear layer with a low-rank adapter: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
 
@@ -44,6 +45,8 @@ def lora_linear(
         training: False turns dropout off.
         seed: of the dropout mask; an int, or one int64 on x's device. By default drawn from torch's own
             generator of that device, so torch.manual_seed governs it and checkpointing repeats it.
+        column_offset: where x is some columns of a wider matrix, the first of them, a multiple of 8: the
+            dropout mask is then that part of the whole matrix's mask.
 
     Returns:
         …×out_features in x's dtype (autocast's, under autocast).
@@ -64,15 +67,33 @@ def lora_linear(
         if weight.dim() == 3:
             weight = reference.unpacked(weight)
         return reference.lora_linear(
-            x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
         )
     if torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)):
         y: Tensor = torch.ops.fused_lora.lora_linear(
-            x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed_tensor
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
         )
         return y
     assert _compiled is not None
-    y = _compiled.lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False)
+    y = _compiled.lora_linear(
+        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset
+    )
     return y
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.arguments import PANEL_ROWS, check_arguments, check_packed
+from fused_lora.arguments import MASK_LANES, PANEL_ROWS, check_arguments, check_packed
 
-_LANES = 8  # columns that one Philox call decides
 _WORD = 0xFFFFFFFF
 
 
@@ -29,14 +28,17 @@ def lora_linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    column_offset: int = 0,
 ) -> Tensor:
     """x: …×in, weight: out×in, lora_a: r×in, lora_b: out×r, bias: out. Returns …×out in x's dtype."""
     # Under autocast torch brings the operands of its own linear together; nothing is to be compared here.
     kind = x.device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        check_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed)
+        check_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, column_offset)
     y = F.linear(x, weight, bias)
-    delta = lora_delta(x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed)
+    delta = lora_delta(
+        x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed, column_offset=column_offset
+    )
     return (y + delta).to(y.dtype)
 
 
@@ -57,13 +59,15 @@ def lora_delta(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    column_offset: int = 0,
 ) -> Tensor:
     """s · drop(x) Aᵀ Bᵀ in the adapters' dtype: what the adapter adds to the frozen linear. Returns …×out."""
     x_hat = x.to(lora_a.dtype)
     if dropout_p > 0.0:
         assert seed is not None
         _, scale = dropout_rule(dropout_p)
-        mask = dropout_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], dropout_p)
+        rows = math.prod(x.shape[:-1])
+        mask = dropout_mask(seed, rows, x.shape[-1], dropout_p, column_offset=column_offset)
         x_hat = x_hat * mask.reshape(x.shape) * scale
     h = scaling * F.linear(x_hat, lora_a)
     return F.linear(h, lora_b)
@@ -82,14 +86,14 @@ def dropout_mask(
     keep, _ = dropout_rule(p)
     device = seed.device
     row = torch.arange(row_offset, row_offset + rows, device=device)
-    first = column_offset // _LANES
-    blocks = -(-(column_offset + columns) // _LANES) - first
+    first = column_offset // MASK_LANES
+    blocks = -(-(column_offset + columns) // MASK_LANES) - first
     block = torch.arange(first, first + blocks, device=device)
     counter = (row[:, None] & _WORD, row[:, None] >> 32, block[None] & _WORD, block[None] >> 32)
     words = philox4x32_10(counter, seed.reshape(()))
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    lanes = torch.stack(halves, dim=-1).reshape(rows, blocks * _LANES)
-    start = column_offset - first * _LANES
+    lanes = torch.stack(halves, dim=-1).reshape(rows, blocks * MASK_LANES)
+    start = column_offset - first * MASK_LANES
     return lanes[:, start : start + columns] < keep
 
 

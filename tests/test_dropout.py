@@ -10,7 +10,7 @@ import torch
 
 import fused_lora
 from fused_lora import dropout_mask, lora_linear, reference
-from tests.operands import BF16, F16, F32, F64, operands
+from tests.operands import BF16, F16, F32, F64, Operands, forward_and_backward, operands
 
 pytestmark = pytest.mark.usefixtures("either_path")
 
@@ -121,6 +121,35 @@ def test_the_op_drops_what_the_mask_says():
     y = lora_linear(*given.tensors, scaling=1.5, dropout_p=0.3, seed=9)
     delta = 1.5 * (given.x * mask * scale) @ given.lora_a.t() @ given.lora_b.t()
     torch.testing.assert_close(y, given.x @ given.weight.t() + given.bias + delta)
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (F64, F64), (BF16, BF16), (BF16, F32)])
+def test_a_shard_of_x_is_dropped_as_its_columns_of_the_whole(dtype, adapter_dtype):
+    """What a process of several finds, each with some columns of x, W and A, adds up to what one finds."""
+    whole = operands((5, 3), 48, 16, 4, dtype, adapter_dtype, dropout_p=0.5, bias=False)
+    y, gradients = forward_and_backward(lora_linear, whole)
+    parts = []
+    for columns in (slice(0, 8), slice(8, 32), slice(32, 48)):
+        options = {**whole.options, "column_offset": columns.start}
+        x, weight, lora_a = (t[..., columns] for t in (whole.x, whole.weight, whole.lora_a))
+        part = Operands(x, weight, lora_a, whole.lora_b, None, options)
+        parts.append(forward_and_backward(lora_linear, part))
+    ys, found = zip(*parts, strict=True)
+    tolerances = {"rtol": 0.02, "atol": 0.05} if dtype == BF16 else {}
+    torch.testing.assert_close(sum(ys), y, **tolerances)
+    for name in ("x", "lora_a"):
+        torch.testing.assert_close(torch.cat([g[name] for g in found], -1), gradients[name], **tolerances)
+    torch.testing.assert_close(sum(g["lora_b"] for g in found), gradients["lora_b"], **tolerances)
+
+
+def test_a_shard_of_x_is_differentiated_twice_under_its_mask():
+    given = operands((3,), 8, 8, 2, F64, dropout_p=0.4)
+    options = {**given.options, "column_offset": 16}
+    leaves = [t.requires_grad_() for t in given.tensors]
+    assert torch.autograd.gradgradcheck(lambda *t: lora_linear(*t, **options), leaves)
+    _, first = forward_and_backward(lora_linear, Operands(*given.tensors, options))
+    _, other = forward_and_backward(lora_linear, given)
+    assert not torch.equal(first["lora_a"], other["lora_a"])
 
 
 def test_dropping_everything_leaves_the_frozen_linear():

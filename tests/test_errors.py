@@ -17,7 +17,7 @@ def changed(**changes):
     def make():
         given = operands()
         for name, change in changes.items():
-            if name in ("dropout_p", "seed"):
+            if name in ("dropout_p", "seed", "column_offset"):
                 given.options[name] = change
             else:
                 setattr(given, name, change(getattr(given, name)))
@@ -117,6 +117,8 @@ CASES = [
         ValueError,
         "seed must be on cpu (as x), got meta",
     ),
+    (changed(column_offset=-8), ValueError, "column_offset must be a multiple of 8 and ≥ 0, got -8"),
+    (changed(column_offset=12), ValueError, "column_offset must be a multiple of 8 and ≥ 0, got 12"),
 ]
 
 

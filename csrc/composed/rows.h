@@ -21,23 +21,26 @@ using DrawMask = at::Tensor (*)(const at::Tensor&, int64_t, int64_t, double, int
 
 // Dropout with probability p, its mask drawn again from the seed wherever it is needed. The mask is
 // 0 and 1; `scale` is folded into a product's factor by whoever multiplies, because 1/(1-p) is not
-// representable in 16 bits and a mask is.
+// representable in 16 bits and a mask is. What it falls on are the columns from column_offset on of
+// the matrix that the seed's mask is of.
 struct Dropout {
   double p;
   double scale;
   std::optional<at::Tensor> seed;
   DrawMask draw;
+  int64_t column_offset;
 
-  Dropout(double p, std::optional<at::Tensor> seed, DrawMask draw)
+  Dropout(double p, std::optional<at::Tensor> seed, DrawMask draw, int64_t column_offset = 0)
       : p(p),
         scale(p > 0.0 ? DropoutRule::from_probability(p).scale : 1.0),
         seed(std::move(seed)),
-        draw(draw) {}
+        draw(draw),
+        column_offset(column_offset) {}
 
   bool active() const { return p > 0.0; }
 
   at::Tensor mask(int64_t row, int64_t rows, int64_t columns, at::ScalarType dtype) const {
-    return draw(*seed, rows, columns, p, row, 0, dtype);
+    return draw(*seed, rows, columns, p, row, column_offset, dtype);
   }
 };
 

@@ -40,6 +40,7 @@ struct Dropout {
   const int64_t* seed = nullptr;  // in device memory
   uint32_t keep = 65536;          // of 65536
   float scale = 1.0f;             // 65536 / keep; 0 where nothing is kept
+  int64_t first_block = 0;        // in the mask, of x's columns: they begin at 8 · first_block
 
   FUSED_LORA_HOST_DEVICE bool active() const { return keep < 65536; }
 };

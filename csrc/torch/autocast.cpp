@@ -17,7 +17,7 @@ using ops::OptionalTensor;
 template <c10::DeviceType kDevice>
 Tensor autocast(const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                 const OptionalTensor& bias, double scaling, double dropout_p,
-                const OptionalTensor& seed, bool round_adapters) {
+                const OptionalTensor& seed, bool round_adapters, int64_t column_offset) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
@@ -39,7 +39,7 @@ Tensor autocast(const Tensor& x, const Tensor& weight, const Tensor& lora_a, con
   const bool half = x_cast.scalar_type() == at::kHalf || x_cast.scalar_type() == at::kBFloat16;
   return ops::lora_linear(x_cast, cast_weight(weight), cast_adapter(lora_a), cast_adapter(lora_b),
                           bias ? OptionalTensor(cast(*bias)) : std::nullopt, scaling, dropout_p,
-                          seed, round_adapters || half);
+                          seed, round_adapters || half, column_offset);
 }
 
 }  // namespace

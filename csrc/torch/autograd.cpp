@@ -24,23 +24,25 @@ using torch::autograd::variable_list;
 
 // rows: x or dy.
 composed::Mask whole_mask(const Tensor& rows, const Tensor& weight, const Tensor& lora_a,
-                          double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+                          double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                          int64_t column_offset) {
   if (dropout_p == 0.0) return {};
   const auto low = composed::rank_dtype(rows, lora_a, round_adapters);
   return {ops::dropout_mask(*seed, composed::sym_rows(rows), sym_in_features(weight), dropout_p,
-                            /*row_offset=*/0, /*column_offset=*/0, low),
+                            /*row_offset=*/0, column_offset, low),
           DropoutRule::from_probability(dropout_p).scale};
 }
 
 // Out of torch's own operations, which torch knows how to transform.
 Tensor out_of_torchs(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                      const Tensor& lora_b, const OptionalTensor& bias, double scaling,
-                     double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+                     double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                     int64_t column_offset) {
   TORCH_CHECK(asked_path() != Path::kFused,
               "lora_linear: path 'fused' was asked for, but torch's own operations compute under "
               "transforms of torch.func and for forward-mode derivatives");
-  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
-  const auto drop = whole_mask(x, weight, lora_a, dropout_p, seed, round_adapters);
+  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, column_offset);
+  const auto drop = whole_mask(x, weight, lora_a, dropout_p, seed, round_adapters, column_offset);
   return composed::differentiable_forward(x, plain(weight), lora_a, lora_b, bias, scaling, drop,
                                           round_adapters);
 }
@@ -59,10 +61,10 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& bias,
                         const OptionalTensor& seed, double scaling, double dropout_p,
-                        bool round_adapters) {
+                        bool round_adapters, int64_t column_offset) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, h] = ops::lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p,
-                                           seed, round_adapters);
+                                           seed, round_adapters, column_offset);
     const bool trains_b = lora_b.requires_grad();
     const bool trains = trains_b || lora_a.requires_grad() || weight.requires_grad();
     ctx->save_for_backward({trains ? x : Tensor(), weight, lora_a, lora_b, trains_b ? h : Tensor(),
@@ -71,6 +73,7 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["round_adapters"] = round_adapters;
+    ctx->saved_data["column_offset"] = column_offset;
     return y;
   }
 
@@ -85,6 +88,7 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     const double scaling = ctx->saved_data["scaling"].toDouble();
     const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
     const bool round_adapters = ctx->saved_data["round_adapters"].toBool();
+    const int64_t column_offset = ctx->saved_data["column_offset"].toInt();
     const composed::Needed needed = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      ctx->needs_input_grad(2), ctx->needs_input_grad(3),
                                      has_bias && ctx->needs_input_grad(4)};
@@ -95,38 +99,41 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
       if (at::GradMode::is_enabled() || within_torch_func()) {
         return composed::differentiable_backward(
             grads[0], x, plain(weight), lora_a, lora_b, scaling,
-            whole_mask(grads[0], weight, lora_a, dropout_p, seed, round_adapters), round_adapters,
-            needed);
+            whole_mask(grads[0], weight, lora_a, dropout_p, seed, round_adapters, column_offset),
+            round_adapters, needed);
       }
       at::AutoDispatchBelowADInplaceOrView guard;  // past a boxed fallback that has nothing to do
       return ops::lora_linear_backward(grads[0], x, weight, lora_a, lora_b, h, scaling, dropout_p,
-                                       seed, round_adapters, needed);
+                                       seed, round_adapters, needed, column_offset);
     };
     const auto [dx, dweight, da, db, dbias] = gradients();
-    return {dx, dweight, da, db, dbias, Tensor(), Tensor(), Tensor(), Tensor()};
+    return {dx, dweight, da, db, dbias, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor below_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                       const Tensor& lora_b, const OptionalTensor& bias, double scaling,
-                      double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+                      double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                      int64_t column_offset) {
   return std::get<0>(ops::lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p,
-                                              seed, round_adapters));
+                                              seed, round_adapters, column_offset));
 }
 
 Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                      const Tensor& lora_b, const OptionalTensor& bias, double scaling,
-                     double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+                     double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                     int64_t column_offset) {
   TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
                     "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
                     "train it");
   using torch::autograd::isFwGradDefined;
   if (within_torch_func() || isFwGradDefined(x) || isFwGradDefined(weight) ||
       isFwGradDefined(lora_a) || isFwGradDefined(lora_b) || isFwGradDefined(bias)) {
-    return out_of_torchs(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+    return out_of_torchs(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
+                         column_offset);
   }
   return LoRALinearFunction::apply(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p,
-                                   round_adapters);
+                                   round_adapters, column_offset);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "common/dropout.h"
 #include "composed/shapes.h"
 #include "torch/packed_weight.h"
 
@@ -74,7 +75,7 @@ bool is_half(at::ScalarType dtype) {
 // `rows` is the operand that the caller streams: x in forward, dy in backward.
 void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
                     const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
-                    const std::optional<Tensor>& seed) {
+                    const std::optional<Tensor>& seed, int64_t column_offset) {
   TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
                     " must have at least 1 dimension, got shape ", rows.sym_sizes());
   check_weight(weight);
@@ -109,14 +110,17 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
     check_seed("lora_linear", *seed);
     check_device(*seed, "seed", rows, name);
   }
+  TORCH_CHECK_VALUE(column_offset >= 0 && column_offset % kLanes == 0,
+                    "lora_linear: column_offset must be a multiple of ", kLanes, " and ≥ 0, got ",
+                    column_offset);
 }
 
 }  // namespace
 
 void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                        const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
-                       const std::optional<Tensor>& seed) {
-  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed);
+                       const std::optional<Tensor>& seed, int64_t column_offset) {
+  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed, column_offset);
   check_size(x, "x", -1, "in_features", sym_in_features(weight), "weight");
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
@@ -130,8 +134,8 @@ void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora
 void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
                         const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& h,
                         double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
-                        const std::array<bool, 5>& needed) {
-  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed);
+                        const std::array<bool, 5>& needed, int64_t column_offset) {
+  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed, column_offset);
   check_size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
   TORCH_CHECK_VALUE(!needed[1] || !is_packed(weight),
                     "lora_linear: weight is packed, and packed weights are frozen: there is no "

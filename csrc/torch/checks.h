@@ -11,14 +11,16 @@ namespace fused_lora::checks {
 
 void forward_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const std::optional<at::Tensor>& bias,
-                       double dropout_p, const std::optional<at::Tensor>& seed);
+                       double dropout_p, const std::optional<at::Tensor>& seed,
+                       int64_t column_offset);
 
 // x and h may be missing where no gradient in `needed` is made of them.
 void backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                         const at::Tensor& weight, const at::Tensor& lora_a,
                         const at::Tensor& lora_b, const std::optional<at::Tensor>& h,
                         double dropout_p, const std::optional<at::Tensor>& seed,
-                        bool round_adapters, const std::array<bool, 5>& needed);
+                        bool round_adapters, const std::array<bool, 5>& needed,
+                        int64_t column_offset);
 
 // A plain weight that can be packed; and a packed one, of `op`'s.
 void pack_arguments(const at::Tensor& weight);

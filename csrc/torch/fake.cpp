@@ -18,8 +18,8 @@ using ops::OptionalTensor;
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                                    const Tensor& lora_b, const OptionalTensor& bias, double,
                                    double dropout_p, const OptionalTensor& seed,
-                                   bool round_adapters) {
-  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
+                                   bool round_adapters, int64_t column_offset) {
+  checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, column_offset);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = sym_out_features(weight);
   const auto low = composed::rank_dtype(x, lora_a, round_adapters);
@@ -30,9 +30,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
 composed::Gradients backward(const Tensor& dy, const OptionalTensor& x, const Tensor& weight,
                              const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& h,
                              double, double dropout_p, const OptionalTensor& seed,
-                             bool round_adapters, std::array<bool, 5> needed) {
+                             bool round_adapters, std::array<bool, 5> needed,
+                             int64_t column_offset) {
   checks::backward_arguments(dy, x, weight, lora_a, lora_b, h, dropout_p, seed, round_adapters,
-                             needed);
+                             needed, column_offset);
   const auto like = [](bool needed, const Tensor& t) {
     return needed ? at::empty_symint(t.sym_sizes(), t.options()) : Tensor();
   };

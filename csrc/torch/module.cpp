@@ -32,7 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_linear", &fused_lora::ops::lora_linear, py::arg("x"), py::arg("weight"),
         py::arg("lora_a"), py::arg("lora_b"), py::arg("bias"), py::arg("scaling"),
         py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::arg("column_offset") = 0, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fused_lora.lora_linear, differentiable, called directly.");
   m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
         py::call_guard<py::gil_scoped_release>(),

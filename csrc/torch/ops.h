@@ -15,17 +15,19 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Schemas, which document the arguments: schema.cpp.
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const OptionalTensor& bias, double scaling,
-                       double dropout_p, const OptionalTensor& seed, bool round_adapters);
+                       double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                       int64_t column_offset = 0);
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const OptionalTensor& bias, double scaling, double dropout_p,
-    const OptionalTensor& seed, bool round_adapters);
+    const OptionalTensor& seed, bool round_adapters, int64_t column_offset = 0);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
     const at::Tensor& lora_a, const at::Tensor& lora_b, const OptionalTensor& h, double scaling,
-    double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed);
+    double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed,
+    int64_t column_offset = 0);
 
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,
                         c10::SymInt row_offset, c10::SymInt column_offset, at::ScalarType dtype);

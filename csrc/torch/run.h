@@ -239,11 +239,13 @@ struct Ops {
   static ForwardResult forward(const at::Tensor& x, const at::Tensor& weight,
                                const at::Tensor& lora_a, const at::Tensor& lora_b,
                                const ops::OptionalTensor& bias, double scaling, double dropout_p,
-                               const ops::OptionalTensor& seed, bool round_adapters) {
-    checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed);
+                               const ops::OptionalTensor& seed, bool round_adapters,
+                               int64_t column_offset) {
+    checks::forward_arguments(x, weight, lora_a, lora_b, bias, dropout_p, seed, column_offset);
     const c10::DeviceGuard guard(x.device());
-    const Parameters p = {weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask},
-                          round_adapters};
+    const Parameters p = {
+        weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask, column_offset},
+        round_adapters};
     const Path asked = asked_path();
     if (!may_take_kernels(asked, x)) return composed_forward(x, p, bias);
     return Forward<Backend>(x, p, bias)(asked);
@@ -254,12 +256,13 @@ struct Ops {
                                       const at::Tensor& lora_b, const ops::OptionalTensor& h,
                                       double scaling, double dropout_p,
                                       const ops::OptionalTensor& seed, bool round_adapters,
-                                      composed::Needed needed) {
+                                      composed::Needed needed, int64_t column_offset) {
     checks::backward_arguments(dy, x, weight, lora_a, lora_b, h, dropout_p, seed, round_adapters,
-                               needed);
+                               needed, column_offset);
     const c10::DeviceGuard guard(dy.device());
-    const Parameters p = {weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask},
-                          round_adapters};
+    const Parameters p = {
+        weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask, column_offset},
+        round_adapters};
     const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
     const Path asked = asked_path();
     const bool has_work = needs_x || needs_a || needs_b;

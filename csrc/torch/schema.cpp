@@ -9,7 +9,9 @@
 // lora_linear is what callers use; forward and backward are what it is made of, so that a traced
 // graph holds both halves and a partitioner can move them. Dropout is on where dropout_p > 0, and
 // then takes a seed (one int64 on x's device); `round_adapters` rounds fp32 masters to x's dtype
-// inside. Backward takes x only where dweight or dlora_a is needed, and h only where dlora_b is.
+// inside. x may be some columns of a wider matrix, whose mask
+// begins at column_offset. Backward takes x only where dweight or dlora_a is needed, and h only
+// where dlora_b is.
 //
 // A weight is out_features×in_features, or on the CPU what pack_weight makes of it: 3-D, panels of
 // 32 rows that the kernels read from beginning to end (torch/packed_weight.h). A packed weight has
@@ -17,15 +19,18 @@
 FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
-      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, bool round_adapters=False) "
+      "float scaling=1.0, float dropout_p=0.0, Tensor? seed=None, bool round_adapters=False, "
+      "int column_offset=0) "
       "-> Tensor");
   m.def(
       "lora_linear_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
-      "float scaling, float dropout_p, Tensor? seed, bool round_adapters) -> (Tensor y, Tensor h)");
+      "float scaling, float dropout_p, Tensor? seed, bool round_adapters, int column_offset=0) -> "
+      "(Tensor y, Tensor h)");
   m.def(
       "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
       "Tensor? h, float scaling, float dropout_p, Tensor? seed, bool round_adapters, "
-      "bool[5] needed) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor "
+      "bool[5] needed, int column_offset=0) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor "
+      "dlora_b, Tensor "
       "dbias)");
   m.def(
       "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, *, SymInt row_offset=0, "
@@ -47,26 +52,30 @@ auto find(const char* name) {
 
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const OptionalTensor& bias, double scaling,
-                       double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+                       double dropout_p, const OptionalTensor& seed, bool round_adapters,
+                       int64_t column_offset) {
   static const auto op = find<decltype(lora_linear)>("lora_linear");
-  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
+                 column_offset);
 }
 
 std::tuple<at::Tensor, at::Tensor> lora_linear_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
     const at::Tensor& lora_b, const OptionalTensor& bias, double scaling, double dropout_p,
-    const OptionalTensor& seed, bool round_adapters) {
+    const OptionalTensor& seed, bool round_adapters, int64_t column_offset) {
   static const auto op = find<decltype(lora_linear_forward)>("lora_linear_forward");
-  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters);
+  return op.call(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
+                 column_offset);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_backward(
     const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
     const at::Tensor& lora_a, const at::Tensor& lora_b, const OptionalTensor& h, double scaling,
-    double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed) {
+    double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 5> needed,
+    int64_t column_offset) {
   static const auto op = find<decltype(lora_linear_backward)>("lora_linear_backward");
-  return op.call(dy, x, weight, lora_a, lora_b, h, scaling, dropout_p, seed, round_adapters,
-                 needed);
+  return op.call(dy, x, weight, lora_a, lora_b, h, scaling, dropout_p, seed, round_adapters, needed,
+                 column_offset);
 }
 
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,

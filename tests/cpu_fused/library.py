@@ -26,7 +26,7 @@ class _MatrixView(ctypes.Structure):
 
 
 class _Dropout(ctypes.Structure):
-    _fields_ = (("seed", c_uint64), ("keep", c_uint32), ("scale", c_float))
+    _fields_ = (("seed", c_uint64), ("keep", c_uint32), ("scale", c_float), ("first_block", c_int64))
 
 
 class _Problem(ctypes.Structure):
@@ -117,11 +117,11 @@ def _dtype(tensor: Tensor) -> int:
     return {torch.float32: 0, torch.bfloat16: 1}[tensor.dtype]
 
 
-def _dropout(p: float, seed: Tensor | None) -> _Dropout:
+def _dropout(p: float, seed: Tensor | None, column_offset: int) -> _Dropout:
     if p == 0.0:
         return _Dropout(0, 65536, 1.0)
     assert seed is not None
-    return _Dropout(int(seed) & (2**64 - 1), *reference.dropout_rule(p))
+    return _Dropout(int(seed) & (2**64 - 1), *reference.dropout_rule(p), column_offset // 8)
 
 
 def fits_panels(weight: Tensor) -> bool:
@@ -164,12 +164,13 @@ class Call:
         dropout_p: float = 0.0,
         seed: Tensor | None = None,
         round_adapters: bool = False,
+        column_offset: int = 0,
         threads: int = 1,
         panels: Tensor | None = None,
     ) -> None:
         self.level, self.threads = LEVELS.index(level), threads
         self.x, self.weight, self.lora_a, self.lora_b, self.bias = x, weight, lora_a, lora_b, bias
-        self.scaling, self.dropout = scaling, _dropout(dropout_p, seed)
+        self.scaling, self.dropout = scaling, _dropout(dropout_p, seed, column_offset)
         self.rank_dtype = x.dtype if round_adapters else lora_a.dtype
         dtypes = _dtype(x), _dtype(lora_a)
         self.problem = _Problem(*x.shape, *lora_b.shape, *dtypes, round_adapters, panels is not None)

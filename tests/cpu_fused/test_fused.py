@@ -97,14 +97,15 @@ def test_gradients_go_to_what_needs_them(level, needs):
 
 
 @pytest.mark.parametrize("seed", [0, 1234567, -1, 2**62 + 12345])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.999, 1.0])
-def test_the_mask_is_the_reference_mask(level, seed, p):
+@pytest.mark.parametrize(("p", "column_offset"), [(0.1, 0), (0.5, 8), (0.999, 2**35), (1.0, 40)])
+def test_the_mask_is_the_reference_mask(level, seed, p, column_offset):
     """x of ones and A of unit rows lay the mask bare in h; g A of ones does so in dx."""
     rows, columns = 5, 300
-    drawn = reference.dropout_mask(torch.tensor([seed]), rows, columns, p).float()
+    key = torch.tensor([seed])
+    drawn = reference.dropout_mask(key, rows, columns, p, column_offset=column_offset).float()
     scale = torch.tensor(reference.dropout_rule(p)[1], dtype=F32)
     x, weight = torch.ones(rows, columns), torch.zeros(4, columns)
-    options = {"dropout_p": p, "seed": torch.tensor([seed])}
+    options = {"dropout_p": p, "seed": key, "column_offset": column_offset}
     _, h = Call(level, x, weight, torch.eye(columns), torch.zeros(4, columns), None, **options).forward()
     assert torch.equal(h, drawn * scale)
     call = Call(level, x, weight, torch.ones(1, columns), torch.ones(4, 1), None, **options)

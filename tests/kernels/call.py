@@ -210,7 +210,8 @@ def _address(placed: dict[str, Buffer], name: str) -> int | None:
 
 def _dropout(given: Operands, placed: dict[str, Buffer]) -> Dropout:
     p = given.options["dropout_p"]
-    return Dropout.of(p, placed["seed"].pointer) if p else Dropout.none()
+    offset = given.options.get("column_offset", 0)
+    return Dropout.of(p, placed["seed"].pointer, offset) if p else Dropout.none()
 
 
 def _run(

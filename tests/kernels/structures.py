@@ -72,17 +72,19 @@ class MatrixView(ctypes.Structure):
 
 
 class Dropout(ctypes.Structure):
-    _fields_ = _fields(("seed", _pointer), ("keep", ctypes.c_uint32), ("scale", _float))
+    _fields_ = _fields(
+        ("seed", _pointer), ("keep", ctypes.c_uint32), ("scale", _float), ("first_block", _int64)
+    )
 
     @staticmethod
     def none() -> Dropout:
         return Dropout(None, 65536, 1.0)
 
     @staticmethod
-    def of(p: float, seed: int) -> Dropout:
+    def of(p: float, seed: int, column_offset: int = 0) -> Dropout:
         """seed: the address of one int64 in device memory."""
         keep, scale = reference.dropout_rule(p)
-        return Dropout(seed, keep, scale)
+        return Dropout(seed, keep, scale, column_offset // 8)
 
 
 class Problem(ctypes.Structure):

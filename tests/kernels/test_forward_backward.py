@@ -22,6 +22,7 @@ from tests.kernels.cases import (
     torch_results,
 )
 from tests.operands import assert_no_worse_than_torch
+from tests.operands import forward_and_backward as of_op
 
 # Beside fp32 masters a 16-bit operand is multiplied with two tf32 pieces of an fp32 one: of the sum of the
 # magnitudes this much is lost, the sum in fp32 included, where fp32 arithmetic loses less still.
@@ -201,6 +202,19 @@ def test_what_is_dropped_may_be_infinite(kernels, p):
     if p == 1.0:
         assert not forward.h.any()
         assert not backward.gradients["lora_a"].any()
+
+
+@pytest.mark.parametrize("layout", ["dense", "unaligned"])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4], KINDS[7]], ids=lambda kind: kind.name)
+def test_a_shard_drops_its_columns_of_the_whole_mask(kernels, kind, layout):
+    case = case_of(kind, (40, 144, 72), 24, dropout_p=0.5, layout=layout)
+    given, dy = operands_of(case)
+    given.options["column_offset"] = 40
+    forward = run_forward(kernels, Machine(), given, kind.mode)
+    backward = run_backward(kernels, Machine(), dy, forward.h, given, kind.mode)
+    y, right = of_op(reference.lora_linear, given.double(), GRADIENTS, dy.double())
+    for ours, exact in ((forward.y, y), *((backward.gradients[name], right[name]) for name in GRADIENTS)):
+        assert (ours.double() - exact).norm() < 0.01 * exact.norm()
 
 
 def test_plans_say_which_kernels_serve_and_why_plain_ones_do(kernels):

@@ -61,8 +61,9 @@ template <int kRows>
 void draw_rows_of(const Dropout& dropout, int64_t row, int64_t columns, uint8_t* bits,
                   int64_t row_stride) {
   for (int64_t c = 0; c < columns; c += 8 * kDrawnBytes) {
-    draw<kRows>(dropout.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(c / 8),
-                dropout.keep, bits + row * row_stride + c / 8, row_stride);
+    draw<kRows>(dropout.seed, static_cast<uint64_t>(row),
+                static_cast<uint64_t>(dropout.first_block + c / 8), dropout.keep,
+                bits + row * row_stride + c / 8, row_stride);
   }
 }
 

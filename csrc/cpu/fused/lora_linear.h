@@ -38,8 +38,9 @@ struct MatrixView {
 // Dropout of x by the rule of common/dropout.h. keep = 65536 keeps everything and reads no seed.
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t keep = 65536;  // of 65536
-  float scale = 1.0f;     // 65536 / keep; 0 where nothing is kept
+  uint32_t keep = 65536;    // of 65536
+  float scale = 1.0f;       // 65536 / keep; 0 where nothing is kept
+  int64_t first_block = 0;  // in the mask, of x's columns: they begin at 8 · first_block
 
   bool active() const { return keep < 65536; }
 };

@@ -77,7 +77,7 @@ struct DropoutAlong {
       : key(dropout_key(dropout)), active(dropout.active()) {}
   // Bit i is set where column 8·block + i of the row is kept.
   __device__ __forceinline__ uint32_t kept(int64_t row, int64_t block) const {
-    const Philox4x32 words = dropout_words(key.seed, row, block);
+    const Philox4x32 words = key.words(row, block);
     uint32_t bits = 0;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {

@@ -186,7 +186,7 @@ class GradBlock {
       const bool odd = copy_chunk() % 2 != 0;
 #pragma unroll
       for (int i = 0; i < kCopies; i += 2) {
-        const Philox4x32 own = dropout_words(key.seed, row + (i + (odd ? 1 : 0)) * kRowStep, block);
+        const Philox4x32 own = key.words(row + (i + (odd ? 1 : 0)) * kRowStep, block);
         const uint32_t sent0 = odd ? own.word[0] : own.word[2];
         const uint32_t sent1 = odd ? own.word[1] : own.word[3];
         const uint32_t got0 = __shfl_xor_sync(0xffffffffu, sent0, 1);

@@ -11,10 +11,17 @@ namespace fused_lora::kernels {
 struct DropoutKey {
   uint64_t seed;
   uint32_t keep;
+  uint64_t first_block;
+
+  // The words that decide columns 8·block .. 8·block + 7 of a row of x.
+  __device__ __forceinline__ Philox4x32 words(uint64_t row, uint64_t block) const {
+    return dropout_words(seed, row, first_block + block);
+  }
 };
 
 __device__ __forceinline__ DropoutKey dropout_key(const Dropout& dropout) {
-  return {dropout.active() ? static_cast<uint64_t>(*dropout.seed) : 0, dropout.keep};
+  return {dropout.active() ? static_cast<uint64_t>(*dropout.seed) : 0, dropout.keep,
+          static_cast<uint64_t>(dropout.first_block)};
 }
 
 // A word's two lanes as a mask over two 16-bit elements: all ones where an element is kept.
@@ -24,7 +31,7 @@ __device__ __forceinline__ uint32_t pair_mask(uint32_t word, uint32_t keep) {
 
 // Masks of the pairs of columns 8·block + 2i, + 2i+1 of a row, i = 0..3.
 __device__ __forceinline__ uint4 block_masks(const DropoutKey& key, uint64_t row, uint64_t block) {
-  const Philox4x32 words = dropout_words(key.seed, row, block);
+  const Philox4x32 words = key.words(row, block);
   return {pair_mask(words.word[0], key.keep), pair_mask(words.word[1], key.keep),
           pair_mask(words.word[2], key.keep), pair_mask(words.word[3], key.keep)};
 }
@@ -38,7 +45,7 @@ __device__ __forceinline__ uint4 block_masks(const DropoutKey& key, uint64_t row
 __device__ __forceinline__ uint4 quad_words(const DropoutKey& key, uint64_t row, uint64_t block) {
   constexpr uint32_t kWarp = 0xffffffffu;
   const int t = threadIdx.x % 4;
-  const Philox4x32 own = dropout_words(key.seed, row + 8 * (t & 1), block + (t >> 1));
+  const Philox4x32 own = key.words(row + 8 * (t & 1), block + (t >> 1));
   // A 4×4 transpose over the quad, by halves: first between neighbours, then between pairs of
   // lanes.
   const bool odd = (t & 1) != 0, upper = t >= 2;

@@ -77,7 +77,7 @@ fused::Dropout Backend::dropout(const composed::Dropout& dropout) {
   if (!dropout.active()) return {};
   const DropoutRule rule = DropoutRule::from_probability(dropout.p);
   return {static_cast<uint64_t>(*dropout.seed->const_data_ptr<int64_t>()), rule.keep,
-          static_cast<float>(rule.scale)};
+          static_cast<float>(rule.scale), dropout.column_offset / kLanes};
 }
 
 at::Tensor Backend::mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,

@@ -91,7 +91,8 @@ kernels::Problem problem(const at::Tensor& rows, const at::Tensor& weight, const
 kernels::Dropout dropout(const composed::Dropout& dropout) {
   if (!dropout.active()) return {};
   const DropoutRule rule = DropoutRule::from_probability(dropout.p);
-  return {dropout.seed->const_data_ptr<int64_t>(), rule.keep, static_cast<float>(rule.scale)};
+  return {dropout.seed->const_data_ptr<int64_t>(), rule.keep, static_cast<float>(rule.scale),
+          dropout.column_offset / kLanes};
 }
 
 }  // namespace fused_lora::cuda
