@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.layer import LoRALinear, LoRASettings, check_adapter, linear_features, obstacle
+from fused_lora.ops import is_sharded
 from fused_lora.swap import demand_unmerged, freeze, lora_layers, set_adapter
 
 CONFIG = "adapter_config.json"
@@ -43,19 +44,23 @@ class AdapterFileError(ValueError):
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Writes one adapter of an `add_lora` model to `directory`, for PEFT and for `load_adapter`.
 
-    Files of the same names are replaced, once both new ones are written.
+    Files of the same names are replaced, once both new ones are written. Where the adapter is sharded (by
+    fully_shard or tensor parallelism) every process calls this, and the one of rank 0 writes.
     """
     layers = {n: layer for n, layer in lora_layers(model).items() if adapter_name in layer.settings}
     if not layers:
         raise KeyError(f"no adapter {adapter_name!r} in this model")
     if "" in layers:
         raise ValueError("model: it is the adapted layer itself, which has no path that a file could name")
+    sharded = any(is_sharded(layer.lora_A[adapter_name]) for layer in layers.values())
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].detach().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].detach().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _gathered(layer.lora_A[adapter_name])
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _gathered(layer.lora_B[adapter_name])
     config = _config(model, {name: layer.settings[adapter_name] for name, layer in layers.items()}, layers)
     save_file = _safetensors().save_file
+    if sharded and torch.distributed.get_rank() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Both are written beside their places before either is replaced, so that a failure loses nothing.
@@ -100,15 +105,29 @@ def load_adapter(
         module = model.get_submodule(name)
         layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
         layer.add_adapter(adapter_name, settings, dtype=dtype)
-        with torch.no_grad():
-            layer.lora_A[adapter_name].copy_(a)
-            layer.lora_B[adapter_name].copy_(b)
+        _fill(layer.lora_A[adapter_name], a)
+        _fill(layer.lora_B[adapter_name], b)
     set_adapter(model, adapter_name)
     for layer in lora_layers(model).values():
         if adapter_name in layer.settings:
             layer.lora_A[adapter_name].requires_grad_(trainable)
             layer.lora_B[adapter_name].requires_grad_(trainable)
     return list(plan)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    if is_sharded(parameter):
+        parameter = parameter.full_tensor()  # type: ignore[attr-defined]
+    return parameter.detach().contiguous()
+
+
+def _fill(parameter: Tensor, tensor: Tensor) -> None:
+    if is_sharded(parameter):
+        from fused_lora import shards
+
+        tensor = shards.placed_as(tensor, parameter)
+    with torch.no_grad():
+        parameter.copy_(tensor)
 
 
 def _plan(

@@ -15,8 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
-from fused_lora.ops import lora_linear, seed_on
-from fused_lora.packed import WEIGHT, PacksWeight, held_weight, plain_parameters, unpack_weight
+from fused_lora.gathered import autocast_copy, is_gathered
+from fused_lora.ops import is_sharded, lora_linear, seed_on
+from fused_lora.packed import (
+    WEIGHT,
+    PacksWeight,
+    held_weight,
+    plain_parameters,
+    unpack_weight,
+)
 
 # Classes that compute x Wᵀ + b and nothing else, by qualified name so that no library is imported for
 # them, and whether they hold W transposed (in_features×out_features). A subclass may do more, so only
@@ -181,14 +188,23 @@ class LoRALinear(nn.Linear, PacksWeight):
         """
         self._demand_unmerged("add an adapter")
         check_adapter(name, dtype)
+        if is_gathered(self):
+            raise RuntimeError(f"add adapter {name!r} before fully_shard: it does not see what comes later")
         if name in self.settings:
             raise ValueError(f"name: there is an adapter {name!r} already")
         if dtype is None:
             half = self.weight.dtype in (torch.bfloat16, torch.float16)
             dtype = torch.float32 if half else self.weight.dtype
         options: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
-        self.lora_A[name] = nn.Parameter(torch.empty(settings.r, self.in_features, **options))
-        self.lora_B[name] = nn.Parameter(torch.empty(self.out_features, settings.r, **options))
+        a = torch.empty(settings.r, self.in_features, **options)
+        b = torch.empty(self.out_features, settings.r, **options)
+        if is_sharded(self.weight):
+            from fused_lora import shards
+
+            weight = self.weight.t() if self.fan_in_fan_out else self.weight
+            a, b = shards.placed(a, "lora_a", weight), shards.placed(b, "lora_b", weight)
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(b)
         self.settings[name] = settings
         self.reset_adapter(name)
         if activate:
@@ -198,8 +214,16 @@ class LoRALinear(nn.Linear, PacksWeight):
         """Draws A anew and zeroes B (after `to_empty()`, for one)."""
         self._demand_unmerged("reset an adapter")
         self._demand(name)
-        nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[name])
+        a, b = self.lora_A[name], self.lora_B[name]
+        nn.init.zeros_(b)
+        if not is_sharded(a):
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            return
+        from fused_lora import shards
+
+        drawn = torch.empty(a.shape, dtype=a.dtype, device=a.device)  # whole, as one process draws it
+        with torch.no_grad():
+            a.copy_(shards.placed_as(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)), a))
 
     def delete_adapter(self, name: str) -> None:
         self._demand_unmerged("delete an adapter")
@@ -281,6 +305,8 @@ class LoRALinear(nn.Linear, PacksWeight):
         weight = held_weight(self)
         if self.fan_in_fan_out and weight.dim() == 2:
             weight = weight.t()
+        if is_gathered(self):
+            weight = autocast_copy(weight)
         if len(self._active) == 1:
             (name,) = self._active
             settings = self.settings[name]
@@ -310,6 +336,11 @@ class LoRALinear(nn.Linear, PacksWeight):
         return several and any(self.settings[name].dropout for name in self._active)
 
     def _forward_apart(self, x: Tensor) -> Tensor:
+        if is_sharded(self.weight):
+            raise NotImplementedError(
+                f"adapters {self._active} each drop out by a mask of its own, which is not done beside a "
+                "sharded weight: activate one of them"
+            )
         y: Tensor = self._base_class.forward(self, x)
         total = y
         for name in self._active:
@@ -391,15 +422,31 @@ def check_adapter(name: str, dtype: torch.dtype | None) -> None:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why `module` cannot become a LoRALinear in place; None where it can."""
-    kind = type(module)
     if isinstance(module, LoRALinear):
         return "it is a LoRALinear already"
+    reason = linear_obstacle(module)
+    if reason is None and is_gathered(module):
+        return "fully_shard has it already, and would not see its adapters: put them on before"
+    return reason
+
+
+def linear_obstacle(module: nn.Module) -> str | None:
+    """Why the op cannot stand for a module's own forward; None where it can."""
+    kind = type(module)
     if _qualified(kind) not in PLAIN_LINEARS:
         return f"a {kind.__name__} is not a plain linear"
     if "forward" in vars(module):
-        return "its forward is overridden on the instance (as offloading and quantising hooks do)"
+        return "its forward is overridden on the instance (as offloading, quantising and sharding hooks do)"
     weight = held_weight(module)
-    if type(plain_parameters(module).get(WEIGHT)) not in PLAIN_PARAMETERS:
+    if is_sharded(weight):
+        from fused_lora import shards
+
+        # How FSDP shards a weight between steps is no matter to forward.
+        if not is_gathered(module):
+            reason = shards.weight_obstacle(weight.t() if stores_transposed(kind) else weight)
+            if reason:
+                return reason
+    elif type(plain_parameters(module).get(WEIGHT)) not in PLAIN_PARAMETERS:
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}"

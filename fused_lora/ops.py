@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from fused_lora import paths, reference
@@ -48,6 +49,9 @@ def lora_linear(
         column_offset: where x is some columns of a wider matrix, the first of them, a multiple of 8: the
             dropout mask is then that part of the whole matrix's mask.
 
+    Under tensor parallelism all five tensors are DTensors (fused_lora.shards has the layouts), and so is what
+    is returned.
+
     Returns:
         …×out_features in x's dtype (autocast's, under autocast).
 
@@ -59,6 +63,19 @@ def lora_linear(
     h = s · drop(x) Aᵀ (rows×rank) and the seed; never a mask, a masked or a cast copy of x.
     """
     check_probability("lora_linear", dropout_p, "dropout_p")
+    if is_sharded(weight):
+        from fused_lora import shards
+
+        return shards.lora_linear(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            bias,
+            scaling=scaling,
+            dropout_p=dropout_p if training else 0.0,
+            seed=seed,
+        )
     if training and dropout_p > 0.0:
         seed_tensor = seed_on(x.device, seed)
     else:
@@ -95,6 +112,14 @@ def lora_linear(
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset
     )
     return y
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether it is a DTensor. Who has none is spared the import of torch.distributed.tensor."""
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return False
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(weight, tensors.DTensor)
 
 
 def seed_on(device: torch.device, seed: Tensor | int | None) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.layer import PLAIN_PARAMETERS, obstacle, operand_of, stores_transposed
-from fused_lora.ops import lora_linear
+from fused_lora.gathered import autocast_copy, is_gathered
+from fused_lora.layer import PLAIN_PARAMETERS, linear_obstacle, operand_of, stores_transposed
+from fused_lora.ops import is_sharded, lora_linear
 from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
@@ -32,9 +33,12 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
+        weight = operand_of(base)
+        if is_gathered(base):
+            weight = autocast_copy(weight)
         return lora_linear(
             x,
-            operand_of(base),
+            weight,
             lora_a._parameters["weight"],  # type: ignore[arg-type]
             lora_b._parameters["weight"],  # type: ignore[arg-type]
             base._parameters["bias"],
@@ -71,9 +75,11 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
             return None
         adapters = _part(self, "lora_A")._modules
         active: list[str] = [name for name in self.active_adapters if name in adapters]
-        if len(active) != 1 or adapter_obstacle(self, active[0]) is not None:
+        if len(active) != 1:
             return None
-        return active[0]
+        (name,) = active
+        reason = adapter_obstacle(self, name) or parameters_obstacle(self, name)
+        return name if reason is None else None
 
 
 def fuse(model: nn.Module) -> Report:
@@ -118,6 +124,9 @@ def layer_obstacle(layer: Any) -> str | None:
     if reason:
         return f"its base layer: {reason}"
     reasons = [adapter_obstacle(layer, name) for name in layer.lora_A]
+    # What FSDP shards between steps is plain again in forward.
+    if not is_gathered(layer.base_layer):
+        reasons = [r or parameters_obstacle(layer, n) for n, r in zip(layer.lora_A, reasons, strict=True)]
     if reasons and all(reasons):
         return reasons[0]
     return None
@@ -125,7 +134,7 @@ def layer_obstacle(layer: Any) -> str | None:
 
 def base_obstacle(base: nn.Module) -> str | None:
     """Why a base layer's own forward must run; None where the fused op may stand for it."""
-    return obstacle(base) or ("it has hooks" if _has_hooks(base) else None)
+    return linear_obstacle(base) or ("it has hooks" if _has_hooks(base) else None)
 
 
 def adapter_obstacle(layer: Any, name: str) -> str | None:
@@ -139,16 +148,28 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         return f"adapter {name!r} holds a {type(lora_a).__name__} and a {type(lora_b).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"adapter {name!r} drops out by a {type(dropout).__name__}"
-    weight, a, b = held_weight(_part(layer, "base_layer")), held_weight(lora_a), held_weight(lora_b)
+    weight, a = held_weight(_part(layer, "base_layer")), held_weight(lora_a)
     masters = a.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
     if a.dtype != weight.dtype and not masters:
         return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
-    if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
-        return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
     if any(_has_hooks(module) for module in (lora_a, lora_b, dropout)):
         return f"adapter {name!r} has hooks"
+    return None
+
+
+def parameters_obstacle(layer: Any, name: str) -> str | None:
+    """Why the op does not take a layer's parameters as they are held now; None where it does."""
+    base, (lora_a, lora_b, dropout) = _part(layer, "base_layer"), _adapter(layer, name)
+    weight, a, b = held_weight(base), held_weight(lora_a), held_weight(lora_b)
+    if is_sharded(weight):
+        from fused_lora import shards
+
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return shards.obstacle(operand_of(base), a, b, base._parameters["bias"], p)
+    if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
+        return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
     return None
 
 
@@ -171,7 +192,8 @@ def _adapter(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Modu
 def _has_hooks(module: nn.Module) -> bool:
     state = module.__dict__
     return bool(
-        state["_forward_hooks"]
+        "forward" in state
+        or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
