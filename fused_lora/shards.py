@@ -114,16 +114,14 @@ def obstacle(
         return reason
     assert isinstance(weight, DTensor)
     layout = layout_of(weight)
+    assert layout is not None
     for name, tensor in {"lora_a": lora_a, "lora_b": lora_b, "bias": bias}.items():
         if tensor is None:
             continue
         wanted = (getattr(layout, name),)
-        assert layout is not None
         if not isinstance(tensor, DTensor) or tensor.placements != wanted:
             have = tensor.placements if isinstance(tensor, DTensor) else f"a {type(tensor).__name__}"
-            return (
-                f"beside a {layout.name} weight {name} must be a DTensor laid out as {wanted}, and is {have}"
-            )
+            return f"{name} must be laid out as {wanted} beside a {layout.name} weight, and is {have}"
         if tensor.device_mesh != weight.device_mesh:
             return f"{name} must be on weight's mesh, {weight.device_mesh}, and is on {tensor.device_mesh}"
     if dropout_p and layout is ROWWISE and _width(weight) % MASK_LANES:
