@@ -17,6 +17,7 @@
 #include <string>
 
 #include "common/dropout.h"
+#include "common/row_adapter.h"
 
 namespace fused_lora::kernels {
 
@@ -85,6 +86,8 @@ struct ForwardCall {
   const void* bias = nullptr;  // N, or none
   double scaling = 1.0;
   Dropout dropout;
+  // M of them, in device memory; null: every row uses all ranks with the call's scaling.
+  const RowAdapter* row_adapters = nullptr;
   void* y = nullptr;  // M×N, dense
   void* h = nullptr;  // M×r, dense, in rank_dtype
 };
@@ -101,6 +104,8 @@ struct BackwardCall {
   const void* h = nullptr;  // M×r, dense, in rank_dtype
   double scaling = 1.0;
   Dropout dropout;
+  // M of them, in device memory; null: every row uses all ranks with the call's scaling.
+  const RowAdapter* row_adapters = nullptr;
   void* dx = nullptr;       // M×K, dense, in dtype
   void* dlora_a = nullptr;  // r×K, dense, in adapter_dtype
   void* dlora_b = nullptr;  // N×r, dense, in adapter_dtype
