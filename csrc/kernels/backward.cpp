@@ -18,18 +18,18 @@ int64_t rank_bytes(const Problem& p) {
 
 RankDown rank_down_stage(const BackwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<RankDown>(p);
+  auto stage = stage_of<RankDown>(call);
   stage.factor_dtype = p.adapter_dtype;
   stage.columns = p.out_features;
   stage.x = call.dy;
   stage.factor = call.lora_b;
-  stage.alpha = static_cast<float>(call.scaling);
+  stage.alpha = static_cast<float>(common_scaling(call));
   return stage;
 }
 
 LoraGemm gemm_stage(const BackwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<LoraGemm>(p);
+  auto stage = stage_of<LoraGemm>(call);
   stage.depth = p.out_features;
   stage.columns = p.in_features;
   stage.x = call.dy;
@@ -43,7 +43,7 @@ LoraGemm gemm_stage(const BackwardCall& call) {
 
 RankGrad grad_of_a(const BackwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<RankGrad>(p);
+  auto stage = stage_of<RankGrad>(call);
   stage.columns = p.in_features;
   stage.x = call.x;
   stage.alpha = call.dropout.active() ? call.dropout.scale : 1.0f;
@@ -56,7 +56,7 @@ RankGrad grad_of_a(const BackwardCall& call) {
 
 RankGrad grad_of_b(const BackwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<RankGrad>(p);
+  auto stage = stage_of<RankGrad>(call);
   stage.columns = p.out_features;
   stage.x = call.dy;
   stage.low = call.h;

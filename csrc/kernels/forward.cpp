@@ -10,12 +10,13 @@ namespace {
 
 RankDown rank_down_stage(const ForwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<RankDown>(p);
+  auto stage = stage_of<RankDown>(call);
   stage.factor_dtype = p.adapter_dtype;
   stage.columns = p.in_features;
   stage.x = call.x;
   stage.factor = call.lora_a.transposed();
-  stage.alpha = static_cast<float>(call.scaling * (call.dropout.active() ? call.dropout.scale : 1));
+  stage.alpha =
+      static_cast<float>(common_scaling(call) * (call.dropout.active() ? call.dropout.scale : 1));
   stage.dropout = call.dropout;
   stage.out = call.h;
   return stage;
@@ -23,7 +24,7 @@ RankDown rank_down_stage(const ForwardCall& call) {
 
 LoraGemm gemm_stage(const ForwardCall& call) {
   const Problem& p = call.problem;
-  auto stage = stage_of<LoraGemm>(p);
+  auto stage = stage_of<LoraGemm>(call);
   stage.depth = p.in_features;
   stage.columns = p.out_features;
   stage.x = call.x;

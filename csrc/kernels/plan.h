@@ -60,14 +60,22 @@ struct BackwardPlan {
 };
 
 // What every stage of a call has in common.
-template <typename Stage>
-Stage stage_of(const Problem& problem) {
+template <typename Stage, typename Call>
+Stage stage_of(const Call& call) {
+  const Problem& problem = call.problem;
   Stage stage;
+  stage.row_adapters = call.row_adapters;
   stage.arithmetic = arithmetic_of(problem);
   stage.dtype = problem.dtype;
   stage.rows = problem.rows;
   stage.rank = problem.rank;
   return stage;
+}
+
+// What all rows of h or g are scaled by, beside what their own adapters say.
+template <typename Call>
+double common_scaling(const Call& call) {
+  return call.row_adapters == nullptr ? call.scaling : 1.0;
 }
 
 // Whether mma.sync keeps up with the device's fastest GEMMs at so many rows. Hopper (9.x) and

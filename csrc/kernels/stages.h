@@ -44,7 +44,8 @@ struct PackFactor {
 };
 
 // out = alpha · drop(X) · F        X: rows×columns   F: columns×rank   out: rows×rank
-// h from x and Aᵀ, g from dy and B.
+// h from x and Aᵀ, g from dy and B. With row_adapters a row is scaled by its adapter's scaling too,
+// and zero outside of its ranks.
 struct RankDown {
   Arithmetic arithmetic = Arithmetic::kHalf;
   DType dtype = DType::kFloat32;         // of X
@@ -53,14 +54,16 @@ struct RankDown {
   MatrixView x;
   MatrixView factor;  // columns×rank: element (c, j)
   float alpha = 1.0f;
-  Dropout dropout;         // its scale is in alpha already
-  void* out = nullptr;     // dense, in rank_dtype; or null
+  const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
+  Dropout dropout;                           // its scale is in alpha already
+  void* out = nullptr;                       // dense, in rank_dtype; or null
   void* packed = nullptr;  // rows×packed_rank, dense: lora_gemm's left operand; or null
   PackFactor partner;
 };
 
 // out = mask ∘ (low · factor) · scale + X · W + bias
-// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask.
+// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask. With row_adapters `low` is zero
+// outside of a row's ranks, and what `factor` holds there does not reach the row.
 struct LoraGemm {
   Arithmetic arithmetic = Arithmetic::kHalf;
   DType dtype = DType::kFloat32;  // of X, W, bias and out
@@ -68,6 +71,7 @@ struct LoraGemm {
   MatrixView x;       // rows×depth
   MatrixView weight;  // depth×columns: element (d, c)
   const void* bias = nullptr;
+  const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
   Dropout dropout;
   void* out = nullptr;  // rows×columns, dense
   // Tensor-core kernels:
@@ -81,7 +85,9 @@ struct LoraGemm {
 };
 
 // out[c][j] = alpha · Σ_m drop(X)[m][c] · low[m][j]        X: rows×columns   low: rows×rank
-// dB (columns×rank) from dy and h; dA, written transposed (rank×columns), from x and g.
+// dB (columns×rank) from dy and h; dA, written transposed (rank×columns), from x and g. With
+// row_adapters `low` is zero outside of a row's ranks, and what X holds of the row does not reach
+// out's other ranks.
 struct RankGrad {
   Arithmetic arithmetic = Arithmetic::kHalf;
   DType dtype = DType::kFloat32;  // of X
@@ -89,7 +95,8 @@ struct RankGrad {
   MatrixView x;
   const void* low = nullptr;  // dense, in the rank dtype
   float alpha = 1.0f;
-  Dropout dropout;  // its scale is in alpha already
+  const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
+  Dropout dropout;                           // its scale is in alpha already
   bool transposed = false;
   // The rows are split in `splits` equal shares of whole tiles. With one the result goes to `out`,
   // in out_dtype; with more, share s writes its fp32 sums at partials + s · columns · rank, in

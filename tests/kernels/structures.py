@@ -102,7 +102,7 @@ class ForwardCall(ctypes.Structure):
         ("bias", _pointer),
         ("scaling", ctypes.c_double),
         ("dropout", Dropout),
-        ("y h", _pointer),
+        ("row_adapters y h", _pointer),
     )
 
 
@@ -113,7 +113,7 @@ class BackwardCall(ctypes.Structure):
         ("h", _pointer),
         ("scaling", ctypes.c_double),
         ("dropout", Dropout),
-        ("dx dlora_a dlora_b", _pointer),
+        ("row_adapters dx dlora_a dlora_b", _pointer),
     )
 
 
@@ -148,6 +148,7 @@ class RankDown(ctypes.Structure):
         ("rows columns rank", _int64),
         ("x factor", MatrixView),
         ("alpha", _float),
+        ("row_adapters", _pointer),
         ("dropout", Dropout),
         ("out packed", _pointer),
         ("partner", PackFactor),
@@ -159,7 +160,7 @@ class LoraGemm(ctypes.Structure):
         ("arithmetic dtype", _enum),
         ("rows depth columns rank", _int64),
         ("x weight", MatrixView),
-        ("bias", _pointer),
+        ("bias row_adapters", _pointer),
         ("dropout", Dropout),
         ("out", _pointer),
         ("packed_low packed_factor", _pointer),
@@ -177,6 +178,7 @@ class RankGrad(ctypes.Structure):
         ("x", MatrixView),
         ("low", _pointer),
         ("alpha", _float),
+        ("row_adapters", _pointer),
         ("dropout", Dropout),
         ("transposed", _bool),
         ("splits", ctypes.c_int),

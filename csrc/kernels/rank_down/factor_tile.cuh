@@ -17,6 +17,7 @@
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/ldmatrix.cuh"
 #include "kernels/ptx/shared_address.cuh"
+#include "kernels/tile/rank_window.cuh"
 #include "kernels/tile/swizzle.cuh"
 
 namespace fused_lora::kernels {
@@ -30,8 +31,13 @@ enum class FactorLayout { kDepthContiguous, kRankContiguous };
 struct FactorSlice {
   const void* data;
   int64_t depth_stride, rank_stride;
-  int depth, ranks;  // of F: what lies beyond is zero
+  int depth;         // of F: what lies beyond is zero
+  RankWindow ranks;  // what lies outside is not used: zero, or F's own where a chunk holds both
   int first_rank;    // of the block's tile
+
+  __device__ __forceinline__ bool uses(int rank, int count = 1) const {
+    return ranks.overlaps(rank, count);
+  }
 };
 
 template <typename Element_, FactorLayout kLayout, int kRanks_, int kDepth_>
@@ -73,7 +79,7 @@ struct FactorTile<Element_, FactorLayout::kDepthContiguous, kRanks_, kDepth_> {
 #pragma unroll 4
     for (int i = 0; i < kRanks / kStep; ++i) {
       ptx::cp_async_16_or_zeros(target + i * kStep * kRowBytes, source,
-                                rank < factor.ranks && depth < factor.depth);
+                                factor.uses(rank) && depth < factor.depth);
       source += source_step;
       rank += kStep;
     }
@@ -95,7 +101,7 @@ struct FactorTile<Element_, FactorLayout::kDepthContiguous, kRanks_, kDepth_> {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int rank = factor.first_rank + first + i * kStep;
-        const bool inside = rank < factor.ranks && depth < factor.depth;
+        const bool inside = factor.uses(rank) && depth < factor.depth;
         batch[i] = inside ? source[rank * factor.rank_stride] : Element(0.0f);
       }
 #pragma unroll
@@ -167,7 +173,8 @@ struct FactorTile<Element_, FactorLayout::kRankContiguous, kRanks_, kDepth_> {
         constexpr int kPartElements = kCopied * kChunkElements;
         ptx::cp_async_16_or_zeros(
             ptx::shared_address(tile + offset(i * kStep + row, part * kCopied + chunk)),
-            source + part * kPartElements, inside && rank + part * kPartElements < factor.ranks);
+            source + part * kPartElements,
+            inside && factor.uses(rank + part * kPartElements, kChunkElements));
       }
       source += source_step;
       depth += kDepthStep;

@@ -64,7 +64,8 @@ __device__ __forceinline__ void store_quad(Element* target, const Element (&valu
   }
 }
 
-// Adds the warps' sums and writes the block's part of out and packed.
+// Adds the warps' sums and writes the block's part of out and packed. Zeros where a row does not
+// use a rank: selected, because a sum may be infinite there.
 template <typename Traits>
 __device__ __forceinline__ void finish(const RankDownParams& p, const unsigned char* shared,
                                        int64_t first_row, int first_rank) {
@@ -88,8 +89,10 @@ __device__ __forceinline__ void finish(const RankDownParams& p, const unsigned c
           *reinterpret_cast<const float4*>(sums + sums_offset<Traits::kRanks>(row, quad));
       sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
     }
+    const RankWindow window = window_of_row(p.row_adapters, first_row + row, p.rank);
+    const float alpha = p.alpha * scaling_of_row(p.row_adapters, first_row + row);
 #pragma unroll
-    for (float& value : sum) value *= p.alpha;
+    for (int j = 0; j < 4; ++j) sum[j] = window.has(rank + j) ? alpha * sum[j] : 0.0f;
     if (out != nullptr) {
       const Out value[4] = {from_float<Out>(sum[0]), from_float<Out>(sum[1]),
                             from_float<Out>(sum[2]), from_float<Out>(sum[3])};

@@ -29,6 +29,7 @@ cudaError_t launch_rank_down_kernel(const RankDown& stage, FactorSource source,
   p.factor_by_element = source == FactorSource::kElements;
   p.store_quads = stage.rank % 4 == 0 && aligned(stage.out) && aligned(stage.packed);
   p.alpha = stage.alpha;
+  p.row_adapters = stage.row_adapters;
   p.dropout = stage.dropout;
   p.out = stage.out;
   p.packed = stage.packed;

@@ -39,6 +39,11 @@
 // it has the least (99 KiB: sm_86, sm_89, sm_120). 128 threads: a thread of the 64×64 tile holds
 // 128 accumulators, which leaves room for two blocks' registers.
 //
+// Where rows have adapters of their own (row_adapters), of F's ranks only those come to shared
+// memory that the block's rows use, from the first to the last; a block none of whose ranks is used
+// sums nothing. A sum is of one row of X and one column of F, so that what one adapter holds does
+// not reach another's rows.
+//
 // The blocks behind those of the product pack the partner, the other adapter matrix, for lora_gemm
 // (tile/pack.cuh). They come last because they are short: they fill the gaps of the last round.
 #pragma once
@@ -68,8 +73,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // The tiles of ranks that share rows of X run side by side, so that X comes from DRAM once.
   const int64_t first_row = blockIdx.x / p.rank_tiles * static_cast<int64_t>(Traits::kRows);
   const int first_rank = static_cast<int>(blockIdx.x % p.rank_tiles) * Traits::kRanks;
+  const RankWindow window = window_of_rows(
+      p.row_adapters, first_row,
+      static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row)), p.rank);
   const FactorSlice factor{
-      p.factor, p.factor_depth_stride, p.factor_rank_stride, p.columns, p.rank, first_rank};
+      p.factor, p.factor_depth_stride, p.factor_rank_stride, p.columns, window, first_rank};
 
   unsigned char* const stages = shared + warp * Traits::kWarpBytes;
   const int64_t lane_row = first_row + lane / 4;
@@ -77,7 +85,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       p.x + lane_row * p.x_row_bytes + lane % 4 * static_cast<int64_t>(kChunkBytes);
   const int lane_rows =
       static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - lane_row));
-  const int slices = (p.columns + Traits::kSliceDepth - 1) / Traits::kSliceDepth;
+  // A block whose ranks none of its rows uses has zeros to write and nothing to sum.
+  const int slices = window.overlaps(first_rank, Traits::kRanks)
+                         ? (p.columns + Traits::kSliceDepth - 1) / Traits::kSliceDepth
+                         : 0;
 
   const auto copy = [&](int slice, int stage) {
     unsigned char* const x_tile = stages + stage * Traits::kStageBytes;

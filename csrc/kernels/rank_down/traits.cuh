@@ -21,6 +21,7 @@ struct RankDownParams {
   bool factor_by_element;
   bool store_quads;  // four ranks at a time: out's and packed's rows hold whole quads
   float alpha;
+  const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   void* out;
   void* packed;

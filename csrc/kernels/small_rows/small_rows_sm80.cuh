@@ -183,8 +183,9 @@ class Block {
     if (tile < tiles_) {
       const int depth = tile * Gemm::kDepth;
       if (is_rank_warp()) {
-        const FactorSlice slice = {p_.lora_a, 1,       p_.lora_a_stride,
-                                   p_.depth,  p_.rank, rank_warp() * Traits::kWarpRanks};
+        const FactorSlice slice = {p_.lora_a,        1,
+                                   p_.lora_a_stride, p_.depth,
+                                   {0, p_.rank},     rank_warp() * Traits::kWarpRanks};
         Traits::Tile::copy_chunks(factor_tile(stage), slice, depth, lane());
       } else {
         const uint32_t to = stage_address(stage);
