@@ -23,8 +23,11 @@ constexpr int kPackedTileBytes = 64;  // the depth of lora_gemm's tile; see lora
 inline int64_t packed_element_bytes(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::kTf32 ? 4 : 2;
 }
+constexpr int packed_parts(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::kHalfMasters ? 3 : 1;
+}
 inline int64_t packed_rank(Arithmetic arithmetic, int64_t rank) {
-  const int64_t depth = arithmetic == Arithmetic::kHalfMasters ? 3 * rank : rank;
+  const int64_t depth = packed_parts(arithmetic) * rank;
   const int64_t tile = kPackedTileBytes / packed_element_bytes(arithmetic);
   return (depth + tile - 1) / tile * tile;
 }

@@ -81,11 +81,13 @@ cudaError_t launch_lora_gemm(const LoraGemm& stage, lora_gemm::TileName name, cu
   params.factor = stage.packed_factor;
   params.factor_pitch = stage.packed_factor_stride * packed_bytes;
   params.bias = stage.bias;
+  params.row_adapters = stage.row_adapters;
   params.out = stage.out;
   params.rows = static_cast<int>(stage.rows);
   params.columns = static_cast<int>(stage.columns);
   params.depth = static_cast<int>(stage.depth);
-  params.rank_tiles = static_cast<int>(depth * packed_bytes / kPackedTileBytes);
+  params.rank = static_cast<int>(stage.rank);
+  params.parts = packed_parts(stage.arithmetic);
   params.group_shift = group_shift(ceil_div(stage.rows, tile_of(name, stage.arithmetic).rows));
   params.dropout = stage.dropout;
   switch (stage.dtype) {

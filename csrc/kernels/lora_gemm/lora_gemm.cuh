@@ -31,6 +31,7 @@
 #include "kernels/lora_gemm/epilogue.cuh"
 #include "kernels/lora_gemm/fragments.cuh"
 #include "kernels/lora_gemm/params.h"
+#include "kernels/lora_gemm/rank_tiles.cuh"
 #include "kernels/ptx/shared_address.cuh"
 #include "kernels/tile/dropout.cuh"
 
@@ -64,33 +65,16 @@ class Block {
         row_to_(shared + Copies::row_offset()),
         column_to_(shared + Copies::column_offset()) {}
 
+  // Tiles are numbered from X's first: those of the rank, which come before, have negative numbers.
   __device__ void run() {
-    const int tiles = p_.rank_tiles + main_tiles_;
-#pragma unroll 1
-    for (int tile = 0; tile < kTile.stages - 1; ++tile) {
-      copy_any(tile, tiles);
-      ptx::cp_async_commit();
-      advance(write_);
-    }
-    ptx::cp_async_wait<kTile.stages - 2>();
-    __syncthreads();
-    load(0, 0);
-
+    multiply_ranks();
     int tile = 0;
-#pragma unroll 1
-    for (; tile < p_.rank_tiles; ++tile) {
-      multiply_tile<typename Traits::Packed>([&] { copy_any(tile + kTile.stages - 1, tiles); });
-    }
-    if (p_.dropout.active()) {
-      mask();
-      load(0, 0);  // again: the registers of the first fragments are the mask's meanwhile
-    }
     // The main loop: each copy is a whole tile of X and W.
     Copies copies;
-    begin(copies, false, tile + kTile.stages - 1 - p_.rank_tiles);
+    begin(copies, false, tile + kTile.stages - 1);
     const int64_t column_step = Copies::column_step(p_.weight_pitch);
 #pragma unroll 1
-    for (int left = tiles - kTile.stages - tile; left > 0; --left, ++tile) {
+    for (int left = main_tiles_ - kTile.stages; left > 0; --left, ++tile) {
       multiply_tile<typename Traits::T>([&] {
         copies.copy(row_to_ + write_, column_to_ + write_);
         copies.rows.from += kPackedTileBytes;
@@ -98,8 +82,8 @@ class Block {
       });
     }
 #pragma unroll 1
-    for (; tile < tiles; ++tile) {
-      multiply_tile<typename Traits::T>([&] { copy_any(tile + kTile.stages - 1, tiles); });
+    for (; tile < main_tiles_; ++tile) {
+      multiply_tile<typename Traits::T>([&] { copy_main(tile + kTile.stages - 1); });
     }
     store();
   }
@@ -108,6 +92,37 @@ class Block {
   __device__ static int warp() { return ptx::thread_x() / 32; }
   __device__ static int warp_row() { return Traits::warp_row(warp()); }
   __device__ static int warp_column() { return Traits::warp_column(warp()); }
+
+  // Fills the first stages, and brings the rank's sums, masked, to sums_.
+  __device__ void multiply_ranks() {
+    const int first_row = TilePosition(p_).row * kTile.rows;
+    const RankTiles<Traits::kDepth> ranks(p_, first_row, min(kTile.rows, p_.rows - first_row));
+    int tile = -ranks.count();
+    const auto copy = [&](int next) {
+      if (next < 0) {
+        copy_ranks(ranks.tile(next + ranks.count()));
+      } else {
+        copy_main(next);
+      }
+    };
+#pragma unroll 1
+    for (int stage = 0; stage < kTile.stages - 1; ++stage) {
+      copy(tile + stage);
+      ptx::cp_async_commit();
+      advance(write_);
+    }
+    ptx::cp_async_wait<kTile.stages - 2>();
+    __syncthreads();
+    load(0, 0);
+#pragma unroll 1
+    for (; tile < 0; ++tile) {
+      multiply_tile<typename Traits::Packed>([&] { copy(tile + kTile.stages - 1); });
+    }
+    if (p_.row_adapters != nullptr) contain(ranks.window());
+    if (p_.dropout.active()) mask();
+    // Again: the registers of the first fragments are the mask's meanwhile.
+    if (p_.row_adapters != nullptr || p_.dropout.active()) load(0, 0);
+  }
 
   // Tile `tile` of X and W, or of the low-rank operands.
   __device__ void begin(Copies& copies, bool low_rank, int tile) const {
@@ -121,15 +136,15 @@ class Block {
     copies.columns.from += tile * Copies::column_step(pitch);
   }
 
-  // The copies of one tile of the reduction, whichever it is; none beyond the last. Their addresses
-  // are made anew each time: kept, they would take the main loop's registers.
-  __device__ void copy_any(int tile, int tiles) const {
-    if (tile >= tiles) return;
-    const bool low_rank = tile < p_.rank_tiles;
-    const int main_tile = tile - p_.rank_tiles;
-    const int left = low_rank ? Traits::kDepth : p_.depth - main_tile * Traits::kDepth;
+  // The copies of one tile; none beyond the last. Their addresses are made anew each time: kept,
+  // they would take the main loop's registers.
+  __device__ void copy_main(int tile) const {
+    if (tile < main_tiles_) copy_part(false, tile, p_.depth - tile * Traits::kDepth);
+  }
+  __device__ void copy_ranks(int tile) const { copy_part(true, tile, Traits::kDepth); }
+  __device__ void copy_part(bool low_rank, int tile, int left) const {
     Copies copies;
-    begin(copies, low_rank, low_rank ? tile : main_tile);
+    begin(copies, low_rank, tile);
     copies.copy_part(row_to_ + write_, column_to_ + write_, left);
   }
 
@@ -158,6 +173,73 @@ class Block {
   __device__ static void advance(uint32_t& stage) {
     constexpr uint32_t kLast = (kTile.stages - 1) * Traits::kStageBytes;
     stage = stage == kLast ? 0 : stage + Traits::kStageBytes;
+  }
+
+  // The rank's tiles are in sums_ and nothing else. In a tile that rows of several adapters share,
+  // a row's zeros meet the others' part of `factor`: where that is infinite or not a number, so is
+  // their product. Then the warp sums once more, of each row the products of its own ranks alone.
+  __device__ void contain(const RankWindow& window) {
+    bool right = true;
+#pragma unroll
+    for (int i = 0; i < Traits::kRowFragments; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kColumnFragments; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) right &= sums_[i][j][e] == sums_[i][j][e];
+      }
+    }
+    if (__all_sync(0xffffffffu, right)) return;
+#pragma unroll
+    for (int i = 0; i < Traits::kRowFragments; ++i) {
+#pragma unroll
+      for (int j = 0; j < Traits::kColumnFragments; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums_[i][j][e] = 0.0f;
+      }
+    }
+#pragma unroll 1
+    for (int part = 0; part < p_.parts; ++part) {
+#pragma unroll 1
+      for (int rank = window.begin; rank < window.end; ++rank) {
+        add_rank(rank, part * p_.rank + rank);
+      }
+    }
+  }
+  // depth: of `rank` in the packed operands.
+  __device__ void add_rank(int rank, int depth) {
+    using Packed = typename Traits::Packed;
+    const TilePosition position(p_);
+    const int row = position.row * kTile.rows + warp_row() + lane() / 4;
+    const int column = position.column * kTile.columns + warp_column() + lane() % 4 * 2;
+    const int64_t step = Traits::kDepthContiguous ? p_.factor_pitch : Traits::kElementBytes;
+    const char* const factor =
+        static_cast<const char*>(p_.factor) +
+        depth * (Traits::kDepthContiguous ? Traits::kElementBytes : p_.factor_pitch);
+    float right[Traits::kColumnFragments][2];
+#pragma unroll
+    for (int j = 0; j < Traits::kColumnFragments; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int at = min(column + 8 * j + e, p_.columns - 1);
+        right[j][e] = to_float(*reinterpret_cast<const Packed*>(factor + at * step));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Traits::kRowFragments; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = row + 16 * i + 8 * half;
+        if (at >= p_.rows || !window_of_row(p_.row_adapters, at, p_.rank).has(rank)) continue;
+        const auto* low =
+            reinterpret_cast<const Packed*>(static_cast<const char*>(p_.low) + at * p_.low_pitch);
+        const float left = to_float(low[depth]);
+#pragma unroll
+        for (int j = 0; j < Traits::kColumnFragments; ++j) {
+          sums_[i][j][2 * half] += left * right[j][0];
+          sums_[i][j][2 * half + 1] += left * right[j][1];
+        }
+      }
+    }
   }
 
   // The rank's tiles are in sums_ and nothing else: what x's mask dropped they must not reach.

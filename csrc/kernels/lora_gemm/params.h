@@ -9,10 +9,11 @@ namespace fused_lora::kernels::lora_gemm {
 struct Params {
   const void *x, *weight, *low, *factor;
   int64_t x_pitch, weight_pitch, low_pitch, factor_pitch;
-  const void* bias;  // columns, or null
-  void* out;         // rows×columns, dense
+  const void* bias;                // columns, or null
+  const RowAdapter* row_adapters;  // rows, or null
+  void* out;                       // rows×columns, dense
   int rows, columns, depth;
-  int rank_tiles;   // of the packed operands' depth
+  int rank, parts;  // the packed operands' depth is their product, and zeros to whole tiles
   int group_shift;  // 2^group_shift rows of tiles run together
   Dropout dropout;
 };

@@ -15,7 +15,7 @@ using PackedElement = std::conditional_t<kArithmetic == Arithmetic::kHalfMasters
 
 // [high | high | low] beside X, [high | low | high] beside the weight; else the number alone.
 template <Arithmetic kArithmetic>
-constexpr int kPackedParts = kArithmetic == Arithmetic::kHalfMasters ? 3 : 1;
+constexpr int kPackedParts = packed_parts(kArithmetic);
 
 enum class PackedSide { kLow, kFactor };
 

@@ -37,6 +37,7 @@ __device__ __forceinline__ RankWindow window_of_rows(const RowAdapter* adapters,
   if (adapters == nullptr) return {0, rank};
   constexpr uint32_t kWarp = 0xffffffffu;
   RankWindow all = {rank, 0};
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) % 32; i < rows; i += 32) {
     const RankWindow row = window_of_row(adapters, first_row + i, rank);
     if (row.empty()) continue;
