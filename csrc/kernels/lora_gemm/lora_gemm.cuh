@@ -30,6 +30,7 @@
 
 #include "kernels/lora_gemm/epilogue.cuh"
 #include "kernels/lora_gemm/fragments.cuh"
+#include "kernels/lora_gemm/one_rank.cuh"
 #include "kernels/lora_gemm/params.h"
 #include "kernels/lora_gemm/rank_tiles.cuh"
 #include "kernels/ptx/shared_address.cuh"
@@ -175,9 +176,8 @@ class Block {
     stage = stage == kLast ? 0 : stage + Traits::kStageBytes;
   }
 
-  // The rank's tiles are in sums_ and nothing else. In a tile that rows of several adapters share,
-  // a row's zeros meet the others' part of `factor`: where that is infinite or not a number, so is
-  // their product. Then the warp sums once more, of each row the products of its own ranks alone.
+  // The rank's tiles are in sums_ and nothing else. Where a sum is not a number another adapter's
+  // may be the cause (one_rank.cuh): the warp sums once more, of each row its own ranks alone.
   __device__ void contain(const RankWindow& window) {
     bool right = true;
 #pragma unroll
@@ -209,37 +209,26 @@ class Block {
   __device__ void add_rank(int rank, int depth) {
     using Packed = typename Traits::Packed;
     const TilePosition position(p_);
-    const int row = position.row * kTile.rows + warp_row() + lane() / 4;
-    const int column = position.column * kTile.columns + warp_column() + lane() % 4 * 2;
-    const int64_t step = Traits::kDepthContiguous ? p_.factor_pitch : Traits::kElementBytes;
-    const char* const factor =
-        static_cast<const char*>(p_.factor) +
-        depth * (Traits::kDepthContiguous ? Traits::kElementBytes : p_.factor_pitch);
-    float right[Traits::kColumnFragments][2];
-#pragma unroll
-    for (int j = 0; j < Traits::kColumnFragments; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int at = min(column + 8 * j + e, p_.columns - 1);
-        right[j][e] = to_float(*reinterpret_cast<const Packed*>(factor + at * step));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < Traits::kRowFragments; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = row + 16 * i + 8 * half;
-        if (at >= p_.rows || !window_of_row(p_.row_adapters, at, p_.rank).has(rank)) continue;
-        const auto* low =
-            reinterpret_cast<const Packed*>(static_cast<const char*>(p_.low) + at * p_.low_pitch);
-        const float left = to_float(low[depth]);
-#pragma unroll
-        for (int j = 0; j < Traits::kColumnFragments; ++j) {
-          sums_[i][j][2 * half] += left * right[j][0];
-          sums_[i][j][2 * half + 1] += left * right[j][1];
-        }
-      }
-    }
+    const int first_row = position.row * kTile.rows, first_column = position.column * kTile.columns;
+    const auto number = [](const void* data, int64_t offset) {
+      return to_float(*reinterpret_cast<const Packed*>(static_cast<const char*>(data) + offset));
+    };
+    lora_gemm::add_rank<Traits>(
+        sums_,
+        [&](int row) {
+          return first_row + row < p_.rows &&
+                 window_of_row(p_.row_adapters, first_row + row, p_.rank).has(rank);
+        },
+        [&](int row) {
+          return number(p_.low, (first_row + row) * p_.low_pitch + depth * Traits::kElementBytes);
+        },
+        [&](int column) {
+          const int64_t outer = min(first_column + column, p_.columns - 1);
+          const int64_t offset = Traits::kDepthContiguous
+                                     ? outer * p_.factor_pitch + depth * Traits::kElementBytes
+                                     : depth * p_.factor_pitch + outer * Traits::kElementBytes;
+          return number(p_.factor, offset);
+        });
   }
 
   // The rank's tiles are in sums_ and nothing else: what x's mask dropped they must not reach.

@@ -13,6 +13,7 @@ struct Params {
   void *y, *h;
   int rows, columns, depth, rank;
   float scaling;
+  const RowAdapter* row_adapters;  // rows, or null
 };
 
 // The compiled kernels, a file an element type. ranks: 16, 32 or 64, no less than the rank.

@@ -1,6 +1,7 @@
 #include "kernels/small_rows/small_rows.h"
 
 #include "kernels/alignment.h"
+#include "kernels/plan.h"
 #include "kernels/small_rows/params.h"
 
 namespace fused_lora::kernels {
@@ -42,7 +43,8 @@ cudaError_t launch_small_rows(const ForwardCall& call, cudaStream_t stream) {
   params.columns = static_cast<int>(p.out_features);
   params.depth = static_cast<int>(p.in_features);
   params.rank = static_cast<int>(p.rank);
-  params.scaling = static_cast<float>(call.scaling);
+  params.scaling = static_cast<float>(common_scaling(call));
+  params.row_adapters = call.row_adapters;
   const int ranks = p.rank <= 16 ? 16 : p.rank <= 32 ? 32 : 64;
   const auto launch =
       p.dtype == DType::kBFloat16 ? small_rows::launch_bf16 : small_rows::launch_fp16;

@@ -10,6 +10,9 @@
 // accumulators, in tiles that it packs for itself as the launch before lora_gemm does for many rows
 // (tile/pack.cuh).
 //
+// Where rows have adapters of their own (row_adapters), A and B are read from the first to the last
+// rank that the CTA's rows use, and packed as though there were no others.
+//
 // With dropout each CTA would draw the whole mask of x again: then two launches serve.
 //
 // Layouts. X: rows, depth contiguous. W: N×K, or K×N (Conv1D). A: depth contiguous, 16-byte rows.
@@ -26,6 +29,7 @@
 #include <algorithm>
 
 #include "kernels/lora_gemm/epilogue.cuh"
+#include "kernels/lora_gemm/one_rank.cuh"
 #include "kernels/ptx/shared_address.cuh"
 #include "kernels/rank_down/products.cuh"
 #include "kernels/small_rows/params.h"
@@ -100,7 +104,9 @@ class Block {
         shared_(shared),
         first_row_(static_cast<int>(blockIdx.y) * Traits::kRows),
         first_column_(static_cast<int>(blockIdx.x) * Traits::kColumns),
-        tiles_((p.depth + Gemm::kDepth - 1) / Gemm::kDepth) {
+        tiles_((p.depth + Gemm::kDepth - 1) / Gemm::kDepth),
+        window_(window_of_rows(p.row_adapters, first_row_, min(Traits::kRows, p.rows - first_row_),
+                               p.rank)) {
     if (is_rank_warp()) return;
     copies_.begin_rows(p.x, p.x_pitch, first_row_, p.rows);
     copies_.begin_columns(p.weight, p.weight_pitch, first_column_, p.columns);
@@ -122,7 +128,7 @@ class Block {
                         // was read
       copy(tile + Traits::kStages - 1, write);
       if (is_rank_warp()) {
-        multiply_ranks(rank_sums, read);
+        if (has_ranks()) multiply_ranks(rank_sums, read);
       } else {
         multiply<typename Traits::T>(sums, row_offsets, column_offsets, stage_address(read));
       }
@@ -134,15 +140,19 @@ class Block {
     if (is_rank_warp()) write_h(rank_sums);
     __syncthreads();
     pack_low();
-    pack_factor();
+    const bool finite = pack_factor();
     if (blockIdx.x == 0) store_h();
-    __syncthreads();
-    const int rank_tiles = packed_depth() / kPackedDepth;
+    const bool contained = __syncthreads_and(finite) || p_.row_adapters == nullptr;
+    const int rank_tiles = contained ? packed_depth() / kPackedDepth : 0;
     if (!is_rank_warp()) {
 #pragma unroll 1
       for (int tile = 0; tile < rank_tiles; ++tile) {
         multiply<typename Traits::Packed>(sums, row_offsets, column_offsets,
                                           ptx::shared_address(shared_) + tile * Gemm::kStageBytes);
+      }
+      if (!contained) {
+#pragma unroll 1
+        for (int rank = window_.begin; rank < window_.end; ++rank) add_rank(sums, rank);
       }
     }
     __syncthreads();
@@ -173,8 +183,12 @@ class Block {
     return shared_ + stage * Traits::kStageBytes + Gemm::kStageBytes +
            rank_warp() * Traits::Tile::kBytes;
   }
+  // Whether a row uses any of this rank warp's ranks.
+  __device__ bool has_ranks() const {
+    return window_.overlaps(rank_warp() * Traits::kWarpRanks, Traits::kWarpRanks);
+  }
   __device__ int packed_depth() const {
-    const int depth = kPackedParts<Traits::kArithmetic> * p_.rank;
+    const int depth = kPackedParts<Traits::kArithmetic> * window_.size();
     return (depth + kPackedDepth - 1) / kPackedDepth * kPackedDepth;
   }
 
@@ -183,10 +197,7 @@ class Block {
     if (tile < tiles_) {
       const int depth = tile * Gemm::kDepth;
       if (is_rank_warp()) {
-        const FactorSlice slice = {p_.lora_a,        1,
-                                   p_.lora_a_stride, p_.depth,
-                                   {0, p_.rank},     rank_warp() * Traits::kWarpRanks};
-        Traits::Tile::copy_chunks(factor_tile(stage), slice, depth, lane());
+        if (has_ranks()) copy_ranks(depth, stage);
       } else {
         const uint32_t to = stage_address(stage);
         copies_.copy_part(to + Copies::row_offset(), to + Copies::column_offset(),
@@ -196,6 +207,12 @@ class Block {
       }
     }
     ptx::cp_async_commit();
+  }
+
+  __device__ void copy_ranks(int depth, int stage) const {
+    const FactorSlice slice = {p_.lora_a, 1,       p_.lora_a_stride,
+                               p_.depth,  window_, rank_warp() * Traits::kWarpRanks};
+    Traits::Tile::copy_chunks(factor_tile(stage), slice, depth, lane());
   }
 
   template <typename Element>
@@ -230,6 +247,14 @@ class Block {
     Traits::Product::multiply(sums, x, factor_tile(stage), lane());
   }
 
+  // Of a row that there is, counted from the CTA's first.
+  __device__ RankWindow window_of(int row) const {
+    return window_of_row(p_.row_adapters, first_row_ + row, p_.rank);
+  }
+  __device__ float scaling_of(int row) const {
+    return p_.scaling * scaling_of_row(p_.row_adapters, first_row_ + row);
+  }
+
   // h in fp32, behind the tiles of the low-rank product.
   __device__ float* h() const {
     return reinterpret_cast<float*>(shared_ + Traits::kRankTiles * Gemm::kStageBytes);
@@ -243,7 +268,8 @@ class Block {
         for (int e = 0; e < 4; ++e) {
           const int row = 16 * m + lane() / 4 + 8 * (e / 2);
           const int rank = rank_warp() * Traits::kWarpRanks + 8 * n + lane() % 4 * 2 + e % 2;
-          h()[row * Traits::kRanks + rank] = p_.scaling * sums[m][n][e];
+          const bool uses = first_row_ + row < p_.rows && window_of(row).has(rank);
+          h()[row * Traits::kRanks + rank] = uses ? scaling_of(row) * sums[m][n][e] : 0.0f;
         }
       }
     }
@@ -261,12 +287,19 @@ class Block {
   // Number d of a row of a packed operand; value(j) is the operand's number for rank j.
   template <typename Value>
   __device__ Packed packed(int d, PackedSide side, const Value& value) const {
-    const int part = d / p_.rank;
+    const int part = d / window_.size();
     if (part >= kPackedParts<Traits::kArithmetic>) return from_float<Packed>(0.0f);
-    return packed_part<Packed>(value(d - part * p_.rank), part, side);
+    return packed_part<Packed>(value(window_.begin + d - part * window_.size()), part, side);
   }
   // Numbers of a 16-byte chunk.
   static constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(Packed));
+
+  __device__ float lora_b(int column, int rank) const {
+    const int64_t n = first_column_ + column;
+    if (n >= p_.columns) return 0.0f;
+    const auto* data = static_cast<const typename Traits::Tile::Element*>(p_.lora_b.data);
+    return to_float(data[n * p_.lora_b.row_stride + rank * p_.lora_b.column_stride]);
+  }
 
   __device__ void pack_low() const {
     const int depth = packed_depth();
@@ -278,18 +311,15 @@ class Block {
           packed(d, PackedSide::kLow, [&](int j) { return h()[row * Traits::kRanks + j]; });
     }
   }
-  __device__ void pack_factor() const {
+  // Whether all that this thread packed is finite.
+  __device__ bool pack_factor() const {
     const int depth = packed_depth();
+    bool finite = true;
     for (int i = threadIdx.x; i < Traits::kColumns * depth; i += Traits::kThreads) {
       const int column = i / depth, d = i % depth, within = d % kPackedDepth;
-      const int64_t n = first_column_ + column;
       unsigned char* tile = shared_ + d / kPackedDepth * Gemm::kStageBytes + kRowTileBytes;
-      const Packed value = packed(d, PackedSide::kFactor, [&](int j) {
-        const int64_t index = n * p_.lora_b.row_stride + j * p_.lora_b.column_stride;
-        return n < p_.columns ? to_float(static_cast<const typename Traits::Tile::Element*>(
-                                    p_.lora_b.data)[index])
-                              : 0.0f;
-      });
+      const Packed value = packed(d, PackedSide::kFactor, [&](int j) { return lora_b(column, j); });
+      finite &= isfinite(to_float(value));
       if constexpr (Gemm::kDepthContiguous) {
         unsigned char* to = tile + swizzled<kPackedTileBytes>(column, within / kChunkElements);
         reinterpret_cast<Packed*>(to)[within % kChunkElements] = value;
@@ -299,11 +329,22 @@ class Block {
         reinterpret_cast<Packed*>(to)[column % kChunkElements] = value;
       }
     }
+    return finite;
+  }
+
+  // Both numbers as the matrix units would see them.
+  __device__ void add_rank(lora_gemm::Accumulators<Gemm>& sums, int rank) const {
+    const auto seen = [](float value) { return to_float(from_float<typename Traits::Out>(value)); };
+    lora_gemm::add_rank<Gemm>(
+        sums, [&](int row) { return first_row_ + row < p_.rows && window_of(row).has(rank); },
+        [&](int row) { return seen(h()[row * Traits::kRanks + rank]); },
+        [&](int column) { return seen(lora_b(column, rank)); });
   }
 
   const Params& p_;
   unsigned char* const shared_;
   const int first_row_, first_column_, tiles_;
+  const RankWindow window_;  // of the CTA's rows
   Copies copies_;
 };
 

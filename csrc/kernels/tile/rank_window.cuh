@@ -12,6 +12,7 @@ struct RankWindow {
   int begin, end;
 
   __device__ __forceinline__ bool empty() const { return begin >= end; }
+  __device__ __forceinline__ int size() const { return max(end - begin, 0); }
   __device__ __forceinline__ bool has(int rank) const { return begin <= rank && rank < end; }
   // Whether it has any of the `count` ranks from `first` on.
   __device__ __forceinline__ bool overlaps(int first, int count) const {
