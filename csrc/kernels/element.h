@@ -80,6 +80,29 @@ __device__ __forceinline__ float2 unpack_pair<fp16>(uint32_t pair) {
   return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
+// Whether no element of an array of any shape is NaN.
+__device__ __forceinline__ bool are_numbers(const float& value) {
+  return value == value;
+}
+template <typename T, int kCount>
+__device__ __forceinline__ bool are_numbers(const T (&values)[kCount]) {
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) all &= are_numbers(values[i]);
+  return all;
+}
+
+template <int kCount>
+__device__ __forceinline__ void set_to_zero(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = 0.0f;
+}
+template <typename T, int kRows, int kCount>
+__device__ __forceinline__ void set_to_zero(T (&values)[kRows][kCount]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) set_to_zero(values[i]);
+}
+
 // element[index] of an array whose dtype is known at run time only, as fp32.
 __device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {

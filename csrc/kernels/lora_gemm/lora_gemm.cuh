@@ -179,24 +179,8 @@ class Block {
   // The rank's tiles are in sums_ and nothing else. Where a sum is not a number another adapter's
   // may be the cause (one_rank.cuh): the warp sums once more, of each row its own ranks alone.
   __device__ void contain(const RankWindow& window) {
-    bool right = true;
-#pragma unroll
-    for (int i = 0; i < Traits::kRowFragments; ++i) {
-#pragma unroll
-      for (int j = 0; j < Traits::kColumnFragments; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) right &= sums_[i][j][e] == sums_[i][j][e];
-      }
-    }
-    if (__all_sync(0xffffffffu, right)) return;
-#pragma unroll
-    for (int i = 0; i < Traits::kRowFragments; ++i) {
-#pragma unroll
-      for (int j = 0; j < Traits::kColumnFragments; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums_[i][j][e] = 0.0f;
-      }
-    }
+    if (__all_sync(0xffffffffu, are_numbers(sums_))) return;
+    set_to_zero(sums_);
 #pragma unroll 1
     for (int part = 0; part < p_.parts; ++part) {
 #pragma unroll 1

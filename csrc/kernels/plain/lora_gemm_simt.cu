@@ -14,6 +14,7 @@
 #include "kernels/plain/launch.cuh"
 #include "kernels/plain/plain.h"
 #include "kernels/plain/product.cuh"
+#include "kernels/tile/rank_window.cuh"
 
 namespace fused_lora::kernels {
 namespace plain {
@@ -26,6 +27,7 @@ struct LoraGemmParams {
   DType low_dtype, factor_dtype;
   bool half;  // factor is rounded to T
   const void* bias;
+  const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   void* out;
 };
@@ -57,6 +59,34 @@ __device__ __forceinline__ void drop(Product<Tile>& product, const Dropout& drop
   }
 }
 
+// Where rows of several adapters share a tile, a row's zeros in low meet the others' part of
+// factor: where that is infinite or not a number, so is their product. Then the warp sums once
+// more, of each row its own ranks alone.
+template <typename T, typename Tile>
+__device__ __forceinline__ void contain(Product<Tile>& delta, const LoraGemmParams& p,
+                                        int64_t first_row, int64_t first_column,
+                                        const RankWindow& window) {
+  if (__all_sync(0xffffffffu, are_numbers(delta.sums))) return;
+  set_to_zero(delta.sums);
+  const AdapterElements<T> low(p.low, p.low_dtype, false);
+  const AdapterElements<T> factor(p.factor.data, p.factor_dtype, p.half);
+#pragma unroll 1
+  for (int rank = window.begin; rank < window.end; ++rank) {
+    const auto uses = [&](int row, int) {
+      return first_row + row < p.rows &&
+             window_of_row(p.row_adapters, first_row + row, static_cast<int>(p.rank)).has(rank);
+    };
+    delta.add_outer(
+        [&](int row) { return uses(row, 0) ? low.at((first_row + row) * p.rank + rank) : 0.0f; },
+        [&](int column) {
+          const int64_t at = first_column + column;
+          const int64_t index = rank * p.factor.row_stride + at * p.factor.column_stride;
+          return at < p.columns ? factor.at(index) : 0.0f;
+        },
+        uses);
+  }
+}
+
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     lora_gemm_kernel(const LoraGemmParams p) {
@@ -75,16 +105,22 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     product.accumulate(x, weight, p.depth);
   }
   {
+    const RankWindow window = window_of_rows(
+        p.row_adapters, row, static_cast<int>(min(static_cast<int64_t>(Tile::kRows), p.rows - row)),
+        static_cast<int>(p.rank));
     Operand<Tile::kRows, Tile::kDepth, AdapterElements<T>> low(
-        AdapterElements<T>(p.low, p.low_dtype, false), {p.rank, 1, row, p.rows - row, 0});
+        AdapterElements<T>(p.low, p.low_dtype, false),
+        {p.rank, 1, row, p.rows - row, window.begin});
     Operand<Tile::kColumns, Tile::kDepth, AdapterElements<T>> factor(
         AdapterElements<T>(p.factor.data, p.factor_dtype, p.half),
-        {p.factor.column_stride, p.factor.row_stride, column, p.columns - column, 0});
+        {p.factor.column_stride, p.factor.row_stride, column, p.columns - column, window.begin});
     Product<Tile> delta(shared);
-    delta.accumulate(low, factor, p.rank);
-    if (p.dropout.active()) {
+    delta.accumulate(low, factor, window.size());
+    if (p.row_adapters != nullptr || p.dropout.active()) {
       delta.add_slices();
-      if (delta.holds_sums()) drop(delta, p.dropout, row, column);
+      if (p.row_adapters != nullptr && delta.holds_sums())
+        contain<T>(delta, p, row, column, window);
+      if (p.dropout.active() && delta.holds_sums()) drop(delta, p.dropout, row, column);
     }
     product.add(delta);
   }
@@ -129,6 +165,7 @@ cudaError_t launch(const LoraGemm& stage, cudaStream_t stream) {
                                  stage.factor_dtype,
                                  stage.arithmetic == Arithmetic::kHalf,
                                  stage.bias,
+                                 stage.row_adapters,
                                  stage.dropout,
                                  stage.out};
   const auto blocks = static_cast<unsigned>(tiles<Tile>(stage.rows, stage.columns));

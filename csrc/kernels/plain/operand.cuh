@@ -33,6 +33,9 @@ struct Elements {
   __device__ __forceinline__ float convert(Bits bits) const {
     return to_float(reinterpret_cast<const T&>(bits));
   }
+  __device__ __forceinline__ float at(int64_t index) const {
+    return convert(load(static_cast<const char*>(data) + index * bytes()));
+  }
 };
 
 // An array of T or, as its dtype says, of fp32, which is rounded to T where `rounds` says so.
@@ -57,6 +60,9 @@ struct AdapterElements {
     }
     const float value = __uint_as_float(bits);
     return rounds ? to_float(from_float<T>(value)) : value;
+  }
+  __device__ __forceinline__ float at(int64_t index) const {
+    return convert(load(static_cast<const char*>(data) + index * bytes()));
   }
 };
 

@@ -56,6 +56,25 @@ class Product {
     }
   }
 
+  // Adds one step of the reduction to this thread's own sums, where `uses` says so: terms that must
+  // not be multiplied by zero. left(row), right(column) and uses(row, column) count from the tile's
+  // first.
+  template <typename Left, typename Right, typename Uses>
+  __device__ __forceinline__ void add_outer(const Left& left, const Right& right,
+                                            const Uses& uses) {
+    float along[kPatch];
+#pragma unroll
+    for (int j = 0; j < kPatch; ++j) along[j] = right(column(j / 4) + j % 4);
+#pragma unroll
+    for (int i = 0; i < kPatch; ++i) {
+      const float value = left(row(i));
+#pragma unroll
+      for (int j = 0; j < kPatch; ++j) {
+        if (uses(row(i), column(j / 4) + j % 4)) sums[i][j] += value * along[j];
+      }
+    }
+  }
+
   // Afterwards the first slice has the sum of all of them, in their order, and the others have
   // zeros. Every thread of the block calls it.
   __device__ __forceinline__ void add_slices() {

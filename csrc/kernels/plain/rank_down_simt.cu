@@ -8,6 +8,7 @@
 #include "kernels/plain/launch.cuh"
 #include "kernels/plain/plain.h"
 #include "kernels/plain/product.cuh"
+#include "kernels/tile/rank_window.cuh"
 
 namespace fused_lora::kernels {
 namespace plain {
@@ -20,24 +21,33 @@ struct RankDownParams {
   DType factor_dtype;
   bool half;  // F is rounded to T, and out is in T
   float alpha;
+  const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   void* out;
 };
 
-template <typename Out, typename Tile>
-__device__ __forceinline__ void store(const Product<Tile>& product, Out* out, int64_t first_row,
-                                      int64_t rows, int64_t first_column, int64_t columns,
-                                      float alpha) {
-  const bool quads = takes_quads(out, columns);
+// Zeros where a row does not use a rank: selected, because a sum may be infinite there.
+template <typename Out, typename T, typename Tile>
+__device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
+                                      const RankDownParams<T>& p, int64_t first_row,
+                                      int64_t first_rank) {
+  const bool quads = takes_quads(out, p.rank);
 #pragma unroll
   for (int i = 0; i < Tile::kPatch; ++i) {
     const int64_t row = first_row + product.row(i);
-    if (row >= rows) continue;
+    if (row >= p.rows) continue;
+    const RankWindow window = window_of_row(p.row_adapters, row, static_cast<int>(p.rank));
+    const float alpha = p.alpha * scaling_of_row(p.row_adapters, row);
 #pragma unroll
     for (int chunk = 0; chunk < Product<Tile>::kChunks; ++chunk) {
-      const float* sums = product.sums[i] + 4 * chunk;
-      store_four(out + row * columns, first_column + product.column(chunk), columns, quads,
-                 {alpha * sums[0], alpha * sums[1], alpha * sums[2], alpha * sums[3]});
+      const int64_t rank = first_rank + product.column(chunk);
+      float values[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool uses = window.has(static_cast<int>(rank) + j);
+        values[j] = uses ? alpha * product.sums[i][4 * chunk + j] : 0.0f;
+      }
+      store_four(out + row * p.rank, rank, p.rank, quads, values);
     }
   }
 }
@@ -57,13 +67,17 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
       AdapterElements<T>(p.factor.data, p.factor_dtype, p.half),
       {p.factor.column_stride, p.factor.row_stride, column, p.rank - column, 0});
   Product<Tile> product(shared);
-  product.accumulate(x, factor, p.columns);
+  const RankWindow window = window_of_rows(
+      p.row_adapters, row, static_cast<int>(min(static_cast<int64_t>(Tile::kRows), p.rows - row)),
+      static_cast<int>(p.rank));
+  const bool used = window.overlaps(static_cast<int>(column), Tile::kColumns);
+  product.accumulate(x, factor, used ? p.columns : 0);
   product.add_slices();
   if (!product.holds_sums()) return;
   if (p.half) {
-    store(product, static_cast<T*>(p.out), row, p.rows, column, p.rank, p.alpha);
+    store(product, static_cast<T*>(p.out), p, row, column);
   } else {
-    store(product, static_cast<float*>(p.out), row, p.rows, column, p.rank, p.alpha);
+    store(product, static_cast<float*>(p.out), p, row, column);
   }
 }
 
@@ -77,6 +91,7 @@ cudaError_t launch(const RankDown& stage, cudaStream_t stream) {
                                     stage.factor_dtype,
                                     stage.arithmetic == Arithmetic::kHalf,
                                     stage.alpha,
+                                    stage.row_adapters,
                                     stage.dropout,
                                     stage.out};
   const auto blocks = static_cast<unsigned>(tiles<Tile>(stage.rows, stage.rank));

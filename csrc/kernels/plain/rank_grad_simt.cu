@@ -12,6 +12,7 @@
 #include "kernels/plain/launch.cuh"
 #include "kernels/plain/plain.h"
 #include "kernels/plain/product.cuh"
+#include "kernels/tile/rank_window.cuh"
 
 namespace fused_lora::kernels {
 namespace plain {
@@ -23,6 +24,7 @@ struct RankGradStage {
   const void* low;
   DType low_dtype;
   float alpha;
+  const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   bool transposed;
   int splits;
@@ -58,6 +60,38 @@ __device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
   }
 }
 
+// A sum that is not a number may have been made so by a row that does not use its rank, whose zero
+// in low met what X holds there. Then the warp sums once more, the rows that use a rank alone.
+template <typename T, typename Tile>
+__device__ __forceinline__ void contain(Product<Tile>& product, const RankGradStage& stage,
+                                        int64_t first_column, int64_t first_rank, int64_t first_row,
+                                        int64_t rows) {
+  if (__all_sync(0xffffffffu, are_numbers(product.sums))) return;
+  set_to_zero(product.sums);
+  const Elements<T> x(stage.x.data);
+  const AdapterElements<T> low(stage.low, stage.low_dtype, false);
+  const DropoutAlong<Axis::kExtent> drop(stage.dropout);
+#pragma unroll 1
+  for (int64_t row = first_row; row < first_row + rows; ++row) {
+    const RankWindow window = window_of_row(stage.row_adapters, row, static_cast<int>(stage.rank));
+    if (!window.overlaps(static_cast<int>(first_rank), Tile::kColumns)) continue;
+    const auto uses = [&](int, int rank) {
+      return window.has(static_cast<int>(first_rank) + rank);
+    };
+    product.add_outer(
+        [&](int column) {
+          const int64_t at = first_column + column;
+          if (at >= stage.columns) return 0.0f;
+          if (drop.active && !(drop.kept(row, at / kLanes) >> (at % kLanes) & 1)) return 0.0f;
+          return x.at(row * stage.x.row_stride + at * stage.x.column_stride);
+        },
+        [&](int rank) {
+          return uses(0, rank) ? low.at(row * stage.rank + first_rank + rank) : 0.0f;
+        },
+        uses);
+  }
+}
+
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     rank_grad_kernel(const RankGradParams p) {
@@ -85,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   product.accumulate(x, low, rows);
   product.add_slices();
   if (!product.holds_sums()) return;
+  if (stage.row_adapters != nullptr) contain<T>(product, stage, column, rank, row, rows);
   if (stage.splits > 1) {
     store(product, stage.partials + blockIdx.y * stage.columns * stage.rank, stage, column, rank);
   } else if (stage.out_dtype == DType::kFloat32) {
@@ -106,11 +141,11 @@ cudaError_t launch(const RankGrad* stages, int count, cudaStream_t stream) {
   int splits = 0;
   for (int i = 0; i < count; ++i) {
     const RankGrad& s = stages[i];
-    params.stages[i] = {s.rows,     s.columns,  s.rank,
-                        s.x,        s.low,      rank_dtype(s.arithmetic, s.dtype),
-                        s.alpha,    s.dropout,  s.transposed,
-                        s.splits,   s.partials, s.out,
-                        s.out_dtype};
+    params.stages[i] = {s.rows,       s.columns,      s.rank,
+                        s.x,          s.low,          rank_dtype(s.arithmetic, s.dtype),
+                        s.alpha,      s.row_adapters, s.dropout,
+                        s.transposed, s.splits,       s.partials,
+                        s.out,        s.out_dtype};
     blocks = std::max(blocks, tiles_of<Tile>(s));
     splits = std::max(splits, s.splits);
   }

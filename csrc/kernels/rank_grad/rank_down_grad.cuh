@@ -33,6 +33,11 @@
 //
 // One block fits an SM of 100 KiB, two one of 164 KiB but for the last.
 //
+// Where rows have adapters of their own (row_adapters), g is scaled and cut row by row. A sum of dB
+// that is not a number may have been made so by a row that does not use its rank, whose zero in h
+// met what dy holds there: then the warp sums its part of the tile once more without matrix units,
+// the rows that use a rank alone.
+//
 // The blocks behind the slices pack the partner, the other adapter matrix, for lora_gemm.
 #pragma once
 
@@ -42,6 +47,7 @@
 #include "kernels/rank_grad/staged_sums.cuh"
 #include "kernels/rank_grad/thin_copy.cuh"
 #include "kernels/tile/pack.cuh"
+#include "kernels/tile/rank_window.cuh"
 
 namespace fused_lora::kernels::rank_grad {
 
@@ -84,6 +90,7 @@ struct DownGradParams {
   int64_t dy_pitch;  // bytes
   int64_t rows, columns;
   int rank, tiles;
+  const RowAdapter* row_adapters;  // or null
   // g:
   const void* factor;
   bool factor_is_half;                // in dy's 16-bit dtype, else fp32
@@ -161,11 +168,13 @@ class DownGradBlock {
       multiply_down(right, dy, factor_tile(tile));
       float grad[Traits::kGradFragments][4] = {};
       multiply_grad(grad, dy);
+      if (p_.row_adapters != nullptr) contain(grad, tile);
       store_grad(grad, tile);
       if (tile + 1 < tiles_) store_factor(tile + 1);
     }
     // g's sums go where the stages were. No copy is under way: the groups left are empty.
     __syncthreads();
+    if (p_.row_adapters != nullptr) apply_adapters();
     stage_down();
     __syncthreads();
     store_down();
@@ -312,6 +321,37 @@ class DownGradBlock {
     }
   }
 
+  // Sums that are numbers are right.
+  __device__ void contain(float (&grad)[Traits::kGradFragments][4], int tile) const {
+    using Low = typename Traits::Low;
+    if (__all_sync(0xffffffffu, are_numbers(grad))) return;
+    set_to_zero(grad);
+#pragma unroll 1
+    for (int64_t row = first_row_; row < first_row_ + rows_; ++row) {
+      const RankWindow window = window_of_row(p_.row_adapters, row, p_.rank);
+      const T* const dy =
+          reinterpret_cast<const T*>(static_cast<const char*>(p_.dy) + row * p_.dy_pitch) +
+          static_cast<int64_t>(tile) * kColumns;
+      const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.rank;
+      float right[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        right[e] = grad_column(e) < columns_left(tile) ? to_float(dy[grad_column(e)]) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < Traits::kGradFragments; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int rank = GradLeft::column(i, half);
+          if (!window.has(rank)) continue;
+          const float left = to_float(low[rank]);
+          grad[i][2 * half] += left * right[0];
+          grad[i][2 * half + 1] += left * right[1];
+        }
+      }
+    }
+  }
+
   // The compiler may assume nothing of these registers' earlier values.
   __device__ static void keep_whole(LowFragments& low) {
 #pragma unroll
@@ -384,13 +424,36 @@ class DownGradBlock {
     }
   }
 
+  __device__ static int down_row(int i, int half) {
+    return (warp() * Traits::kRowFragments + i) * 16 + 8 * half + lane() / 4;
+  }
+  // Zeros where a row does not use a rank: selected, because a sum may be infinite there.
+  __device__ void apply_adapters() {
+#pragma unroll
+    for (int i = 0; i < Traits::kRowFragments; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (down_row(i, half) >= rows_) continue;
+        const int64_t row = first_row_ + down_row(i, half);
+        const RankWindow window = window_of_row(p_.row_adapters, row, p_.rank);
+        const float scaling = scaling_of_row(p_.row_adapters, row);
+#pragma unroll
+        for (int j = 0; j < Traits::kRanks / 8; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& sum = down_[i][j][2 * half + e];
+            sum = window.has(DownRight::column(j, e)) ? scaling * sum : 0.0f;
+          }
+        }
+      }
+    }
+  }
   __device__ void stage_down() const {
 #pragma unroll
     for (int i = 0; i < Traits::kRowFragments; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = (warp() * Traits::kRowFragments + i) * 16 + 8 * half + lane() / 4;
-        stage_row<ThinTile>(shared_, row, half, down_[i], p_.down_alpha);
+        stage_row<ThinTile>(shared_, down_row(i, half), half, down_[i], p_.down_alpha);
       }
     }
   }

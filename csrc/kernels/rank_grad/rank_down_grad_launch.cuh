@@ -30,6 +30,7 @@ cudaError_t launch_down_grad(const RankDownGrad& stage, cudaStream_t stream) {
   p.columns = grad.columns;
   p.rank = static_cast<int>(grad.rank);
   p.tiles = static_cast<int>(ceil_div(grad.columns, Traits::kColumns));
+  p.row_adapters = down.row_adapters;
   p.factor = down.factor.data;
   p.factor_is_half = down.factor_dtype != DType::kFloat32;
   p.factor_row = down.factor.row_stride * bytes_of(down.factor_dtype);

@@ -29,6 +29,11 @@
 // The epilogue's lies where the stages were. fp32 `low` doubles its part; stages of more than
 // 12 KiB are three, so that two blocks fit an SM of 100 KiB. fp32 X has half the rows.
 //
+// Where rows have adapters of their own (row_adapters), rows of X that use none of a block's ranks
+// are not read: zeros stand in for them. A sum that is not a number may have been made so by a row
+// that does not use its rank, whose zero in low met what X holds there: then the warp sums once
+// more without matrix units, the rows that use a rank alone.
+//
 // Dropout is applied to a stage in shared memory, by the threads that copied it: they see their own
 // chunks before the barrier that the stage needs anyway.
 #pragma once
@@ -39,6 +44,7 @@
 #include "kernels/rank_grad/staged_sums.cuh"
 #include "kernels/rank_grad/thin_copy.cuh"
 #include "kernels/tile/dropout.cuh"
+#include "kernels/tile/rank_window.cuh"
 
 namespace fused_lora::kernels::rank_grad {
 
@@ -71,6 +77,7 @@ struct GradParams {
   Thin low;
   int64_t rows, columns;
   float alpha;
+  const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   bool transposed;
   int splits;
@@ -129,6 +136,7 @@ class GradBlock {
       multiply(left, right, stage);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
+    if (p_.row_adapters != nullptr) contain(key);
     // The sums go where the stages were. No copy is under way: the groups left are empty.
     __syncthreads();
     if (p_.transposed) {
@@ -162,11 +170,18 @@ class GradBlock {
       for (int i = 0; i < kCopies; ++i) {
         const int r = copy_row() + i * kRowStep;
         ptx::cp_async_16_or_zeros(long_tile(stage) + LongTile::offset(r, copy_chunk()),
-                                  from + i * kRowStep * p_.x_pitch, inside && r < rows);
+                                  from + i * kRowStep * p_.x_pitch,
+                                  inside && r < rows && used(row + r));
       }
       copy_thin<ThinTile, kRows, kThreads>(thin_tile(stage), p_.low, row, rows, first_rank_);
     }
     ptx::cp_async_commit();
+  }
+
+  // Whether a row uses any of the block's ranks.
+  __device__ bool used(int64_t row) const {
+    return p_.row_adapters == nullptr ||
+           window_of_row(p_.row_adapters, row, p_.low.rank).overlaps(first_rank_, Traits::kRanks);
   }
 
   // Zeros what is dropped of this thread's own chunks.
@@ -220,6 +235,55 @@ class GradBlock {
 #pragma unroll
       for (int s = 0; s < kThin; ++s) right.load(low[s], thin_tile(stage), step * kThin + s);
       multiply_long_left<T, Traits::kArithmetic>(sums_, x, low);
+    }
+  }
+
+  // Sums that are numbers are right.
+  __device__ void contain(const DropoutKey& key) {
+    if (__all_sync(0xffffffffu, are_numbers(sums_))) return;
+    set_to_zero(sums_);
+    const int64_t end = min(first_row_ + static_cast<int64_t>(tiles_) * kRows, p_.rows);
+#pragma unroll 1
+    for (int64_t row = first_row_; row < end; ++row) {
+      if (used(row)) add_row(row, key);
+    }
+  }
+  __device__ void add_row(int64_t row, const DropoutKey& key) {
+    using Low = typename Traits::Low;
+    using Left = LeftFragments<LongTile, Traits::kLeft>;
+    using Right = RightFragments<ThinTile, Traits::kRight>;
+    const RankWindow window = window_of_row(p_.row_adapters, row, p_.low.rank);
+    const T* const x =
+        reinterpret_cast<const T*>(static_cast<const char*>(p_.x) + row * p_.x_pitch);
+    const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.low.rank;
+    float left[Traits::kLeft][2];
+#pragma unroll
+    for (int i = 0; i < Traits::kLeft; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t column =
+            first_column_ + warp() * Traits::kWarpColumns + Left::column(i, half);
+        bool kept = column < p_.columns;
+        if (p_.dropout.active()) {
+          const Philox4x32 words = dropout_words(key.seed, row, column / kLanes);
+          kept &= dropout_lane(words, static_cast<int>(column % kLanes)) < key.keep;
+        }
+        left[i][half] = kept ? to_float(x[column]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < Traits::kRight; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int rank = first_rank_ + Right::column(j, e);
+        if (!window.has(rank)) continue;
+        const float right = to_float(low[rank]);
+#pragma unroll
+        for (int i = 0; i < Traits::kLeft; ++i) {
+          sums_[i][j][e] += left[i][0] * right;
+          sums_[i][j][2 + e] += left[i][1] * right;
+        }
+      }
     }
   }
 

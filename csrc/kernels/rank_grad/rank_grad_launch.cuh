@@ -19,6 +19,7 @@ GradParams grad_params(const RankGrad& stage) {
   p.rows = stage.rows;
   p.columns = stage.columns;
   p.alpha = stage.alpha;
+  p.row_adapters = stage.row_adapters;
   p.dropout = stage.dropout;
   p.transposed = stage.transposed;
   p.splits = stage.splits;
