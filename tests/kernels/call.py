@@ -62,6 +62,7 @@ def load() -> ctypes.CDLL:
 class Mode:
     round_adapters: bool = False
     allow_tf32: bool = False
+    row_adapters: Tensor | None = None  # a RowAdapter for each row, as three int32
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,12 @@ def run_forward(
             bias=_address(placed, "bias"),
             scaling=given.options["scaling"],
             dropout=_dropout(given, placed),
+            row_adapters=_address(placed, "row_adapters"),
             y=placed["y"].pointer,
             h=placed["h"].pointer,
         )
 
-    return Forward(y, h, _run(kernels, machine, given, "forward", arrays, call, run_on_stream))
+    return Forward(y, h, _run(kernels, machine, given, mode, "forward", arrays, call, run_on_stream))
 
 
 def run_backward(
@@ -185,10 +187,11 @@ def run_backward(
             },
             scaling=given.options["scaling"],
             dropout=_dropout(given, placed),
-            **{name: _address(placed, name) for name in ("h", "dx", "dlora_a", "dlora_b")},
+            **{name: _address(placed, name) for name in ("h", "row_adapters", "dx", "dlora_a", "dlora_b")},
         )
 
-    return Backward(gradients, _run(kernels, machine, given, "backward", arrays, call, run_on_stream))
+    run = _run(kernels, machine, given, mode, "backward", arrays, call, run_on_stream)
+    return Backward(gradients, run)
 
 
 def _problem(given: Operands, mode: Mode) -> Problem:
@@ -218,6 +221,7 @@ def _run(
     kernels: ctypes.CDLL,
     machine: Machine,
     given: Operands,
+    mode: Mode,
     what: str,
     arrays: dict[str, Any],
     make_call: Any,
@@ -226,6 +230,8 @@ def _run(
     """Plans, hands out a workspace that is undefined at first, and launches."""
     if "seed" in given.options:
         arrays["seed"] = given.options["seed"]
+    if mode.row_adapters is not None:
+        arrays["row_adapters"] = mode.row_adapters
     plan, launch = getattr(kernels, f"{what}_plan"), getattr(kernels, f"{what}_run")
     device, facts = Device(), Facts()
     with machine.buffers(**arrays) as placed:
