@@ -176,9 +176,16 @@ void compute_block_of_dots(const Product& p, const Block& block, Scratch& scratc
   const int64_t width = dot_columns(rows);
   float* sums = scratch.accumulators;
   const Operand start = {p.start, 0, 1, p.start_dtype};
-  for (int64_t c = 0; c < padded; ++c) {
-    sums[c] = p.start != nullptr && c < columns ? element(start, 0, block.column + c) : 0.0f;
-    for (int64_t i = 1; i < rows; ++i) sums[i * padded + c] = sums[c];
+  if (p.start_row_stride != 0) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = start_of(p, block.row + i, block.column);
+      for (int64_t c = 0; c < padded; c += kWidth) store(sums + i * padded + c, load(from + c));
+    }
+  } else {
+    for (int64_t c = 0; c < padded; ++c) {
+      sums[c] = p.start != nullptr && c < columns ? element(start, 0, block.column + c) : 0.0f;
+      for (int64_t i = 1; i < rows; ++i) sums[i * padded + c] = sums[c];
+    }
   }
   Dots dots;
   dots.left = scratch.dot_left;

@@ -2,17 +2,15 @@
 #include "cpu/fused/lora_linear.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
-#include <new>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "cpu/fused/parallel.h"
-#include "cpu/fused/product.h"
+#include "cpu/fused/products.h"
 
 namespace fused_lora::cpu::fused {
-namespace {
 
 const Kernels& kernels_of(Level level) {
 #if defined(FUSED_LORA_X86_LEVELS)
@@ -32,28 +30,7 @@ const Kernels& kernels_of(Level level) {
   return kernels_plain();
 }
 
-// Memory that is kept between calls.
-class Kept {
- public:
-  void* of(int64_t bytes) {
-    if (held_ < bytes) {
-      memory_.reset();
-      held_ = 0;
-      void* allocated = nullptr;
-      if (posix_memalign(&allocated, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
-      memory_.reset(allocated);
-      held_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  int64_t held_ = 0;
-};
+namespace {
 
 // A thread's own, for blocks.
 void* thread_scratch(int64_t bytes) {
@@ -94,24 +71,55 @@ Cut cut_for(const Product& p, int threads) {
   return cut;
 }
 
-void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel) {
-  if (product.rows <= 0 || product.columns <= 0) return;
-  // A few microseconds of work are done before a second thread has begun.
-  constexpr int64_t kWorthThreads = int64_t{1} << 18;
-  const int64_t work = product.rows * product.columns * (product.depth + product.tail_depth);
-  const bool serial = parallel.run == nullptr || parallel.threads <= 1 || work < kWorthThreads;
-  const Cut cut = cut_for(product, serial ? 1 : parallel.threads);
+// Small enough to be done before a second thread has begun: in a few microseconds.
+bool is_small(int64_t work) {
+  return work < int64_t{1} << 18;
+}
+
+int64_t work_of(const Product& p) {
+  return p.rows * p.columns * (p.depth + p.tail_depth);
+}
+
+}  // namespace
+
+void run_products(std::span<const Product> products, const Kernels& kernels,
+                  const Parallel& parallel) {
+  struct Part {
+    const Product* product;
+    Cut cut;
+    int64_t end;  // of the tasks so far
+  };
+  int64_t work = 0, tasks = 0;
+  for (const Product& product : products) work += work_of(product);
+  const bool serial = parallel.run == nullptr || parallel.threads <= 1 || is_small(work);
+  std::vector<Part> made;
+  made.reserve(products.size());
+  for (const Product& product : products) {
+    if (product.rows <= 0 || product.columns <= 0) continue;
+    const Cut cut = cut_for(product, serial || is_small(work_of(product)) ? 1 : parallel.threads);
+    tasks += cut.tasks();
+    made.push_back({&product, cut, tasks});
+  }
   const auto body = [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch(kernels.scratch_bytes);
+    auto part = made.begin();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / cut.column_blocks, j = task % cut.column_blocks;
+      while (task >= part->end) ++part;
+      const Product& product = *part->product;
+      const Cut& cut = part->cut;
+      const int64_t of_product = task - (part->end - cut.tasks());
+      const int64_t i = of_product / cut.column_blocks, j = of_product % cut.column_blocks;
       const Block block = {i * product.rows / cut.row_blocks,
                            (i + 1) * product.rows / cut.row_blocks, j * cut.columns,
                            std::min(product.columns, (j + 1) * cut.columns)};
       kernels.block(product, block, scratch);
     }
   };
-  run_tasks(serial ? Parallel{} : parallel, cut.tasks(), body);
+  if (tasks > 0) run_tasks(serial ? Parallel{} : parallel, tasks, body);
+}
+
+void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel) {
+  run_products({&product, 1}, kernels, parallel);
 }
 
 Operand operand(const MatrixView& view, DType dtype) {
@@ -127,12 +135,6 @@ Operand transposed(Operand strided) {
   return strided;
 }
 
-// A and B as the products take them.
-struct Factors {
-  Operand a, b;
-};
-
-// fp32 of any strides, rounded to bf16 along whichever dimension lies contiguous.
 Operand rounded(const MatrixView& view, int64_t rows, int64_t columns, const Kernels& kernels,
                 uint16_t* to) {
   if (view.column_stride != 1 && view.row_stride == 1) {
@@ -144,6 +146,13 @@ Operand rounded(const MatrixView& view, int64_t rows, int64_t columns, const Ker
   }
   return dense(to, columns, DType::kBFloat16);
 }
+
+namespace {
+
+// A and B as the products take them.
+struct Factors {
+  Operand a, b;
+};
 
 Factors factors(const Problem& p, const MatrixView& a, const MatrixView& b,
                 const Kernels& kernels) {
@@ -157,7 +166,8 @@ Factors factors(const Problem& p, const MatrixView& a, const MatrixView& b,
           rounded(b, p.out_features, p.rank, kernels, to + p.rank * p.in_features)};
 }
 
-// W as the right operand of dx, or transposed, of y.
+}  // namespace
+
 Operand weight(const Problem& p, const MatrixView& view, bool transposed) {
   if (!p.weight_in_panels) {
     return operand(transposed ? view.transposed() : view, p.dtype);
@@ -167,7 +177,6 @@ Operand weight(const Problem& p, const MatrixView& view, bool transposed) {
   return {view.data, panel, 0, p.dtype, Layout::kPanelsTransposed};
 }
 
-// rows · factor, times alpha: h and g.
 Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
                   float alpha, void* out) {
   Product product;
@@ -181,7 +190,6 @@ Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Op
   return product;
 }
 
-// lowᵀ · rows, over all rows: dA, and dB transposed.
 Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_t columns,
                   const Output& out) {
   Product product;
@@ -194,10 +202,8 @@ Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_
   return product;
 }
 
-// Draws the mask of x once for the products of a call, in memory of the calling thread: an eighth
-// of a byte for an element.
 Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels,
-                const Parallel& parallel) {
+                const Parallel& parallel, const int64_t* order) {
   if (!dropout.active()) return {};
   thread_local Kept memory;
   const int64_t row_stride = parts(p.in_features, kMaskColumns) * (kMaskColumns / 8);
@@ -206,8 +212,17 @@ Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels
   constexpr int64_t kWorthThreads = int64_t{1} << 16;
   const int64_t tasks = parts(p.rows * p.in_features, kWorthThreads);
   run_tasks(parallel, tasks, [&](int64_t begin, int64_t end) {
-    kernels.draw(dropout, begin * p.rows / tasks, end * p.rows / tasks, p.in_features, bits,
-                 row_stride);
+    const int64_t first = begin * p.rows / tasks, last = end * p.rows / tasks;
+    if (order == nullptr) {
+      kernels.draw(dropout, first, last, p.in_features, bits, row_stride);
+      return;
+    }
+    // Where neighbours stay neighbours they are drawn together.
+    for (int64_t i = first, next; i < last; i = next) {
+      for (next = i + 1; next < last && order[next] == order[next - 1] + 1;) ++next;
+      kernels.draw(dropout, order[i], order[i] + next - i, p.in_features,
+                   bits + (i - order[i]) * row_stride, row_stride);
+    }
   });
   return {bits, row_stride};
 }
@@ -222,8 +237,6 @@ void mask(Product* product, MaskOn where, const Dropout& dropout, const Mask& dr
     product->alpha *= dropout.scale;
   }
 }
-
-}  // namespace
 
 bool supported(Level level) {
 #if defined(FUSED_LORA_X86_LEVELS)

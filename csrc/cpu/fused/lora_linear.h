@@ -15,8 +15,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/row_adapter.h"
-
 namespace fused_lora::cpu::fused {
 
 // The instructions that a build of the kernels uses. Every level computes every call.
@@ -72,8 +70,6 @@ struct ForwardCall {
   const void* bias = nullptr;  // N, or none
   float scaling = 1.0f;
   Dropout dropout;
-  // M of them, in host memory; null: every row uses all ranks with the call's scaling.
-  const RowAdapter* row_adapters = nullptr;
   void* y = nullptr;  // M×N, dense
   void* h = nullptr;  // M×r, dense, in rank_dtype
 };
@@ -90,8 +86,6 @@ struct BackwardCall {
   const void* h = nullptr;  // M×r, dense, in rank_dtype
   float scaling = 1.0f;
   Dropout dropout;
-  // M of them, in host memory; null: every row uses all ranks with the call's scaling.
-  const RowAdapter* row_adapters = nullptr;
   void* g = nullptr;        // M×r, dense, in rank_dtype: the caller's scratch, for dx and dlora_a
   void* dx = nullptr;       // M×K, dense, in dtype
   void* dlora_a = nullptr;  // r×K, dense, in adapter_dtype

@@ -50,6 +50,11 @@ inline float element(const Operand& operand, int64_t row, int64_t column) {
   return as_f32(operand.data)[at];
 }
 
+// What row `row` of a product starts from, from `column` on, where every row has its own.
+inline const float* start_of(const Product& product, int64_t row, int64_t column) {
+  return as_f32(product.start) + row * product.start_row_stride + column;
+}
+
 inline bool kept(const Mask& mask, int64_t row, int64_t column) {
   if (mask.bits == nullptr) return true;
   return (mask.bits[row * mask.row_stride + (column >> 3)] >> (column & 7)) & 1;

@@ -3,7 +3,7 @@
 //     out = α · (start + keep ∘ (tail_left · tail_right) · tail_scale + left · right)
 //
 //     left: rows×depth   right: depth×columns   tail_left: rows×tail_depth
-//     tail_right: tail_depth×columns            start: columns, or nothing
+//     tail_right: tail_depth×columns            start: columns, or rows×columns, or nothing
 //
 // The tail is the low-rank product, in the same accumulators as the rest; keep, the dropout mask,
 // may fall on it (then there is no start), or on one of the long operands.
@@ -57,6 +57,9 @@ struct Product {
   Operand left, right, tail_left, tail_right;
   const void* start = nullptr;
   DType start_dtype = DType::kFloat32;
+  // 0: the same in every row. Else start is fp32, and a row of it can be read to the next multiple
+  // of kColumnStep.
+  int64_t start_row_stride = 0;
   float alpha = 1.0f;
   float tail_scale = 1.0f;
   MaskOn mask = MaskOn::kNothing;

@@ -275,6 +275,15 @@ void compute_streams(const Product& p, const Block& block, Scratch& scratch) {
   if (!sums.empty) {
     const Operand start = {p.start, 0, 1, p.start_dtype};
     each_tile([&](int64_t c, float* tile, int64_t vectors) {
+      if (p.start_row_stride != 0) {
+        for (int64_t i = 0; i < sums.rows; ++i) {
+          const float* from = start_of(p, sums.row + i, sums.column + c);
+          for (int64_t v = 0; v < vectors; ++v) {
+            store(tile + (i * vectors + v) * kWidth, load(from + v * kWidth));
+          }
+        }
+        return;
+      }
       for (int64_t j = 0; j < vectors * kWidth; ++j) {
         const bool used = p.start != nullptr && c + j < sums.columns;
         tile[j] = used ? element(start, 0, sums.column + c + j) : 0.0f;

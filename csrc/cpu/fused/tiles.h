@@ -224,9 +224,10 @@ void compute_block(const Product& p, const Block& block, Scratch& scratch) {
   if (rows <= 0 || columns <= 0) return;
 
   const Operand start = {p.start, 0, 1, p.start_dtype};
+  const bool start_of_rows = p.start_row_stride != 0;
   for (int64_t c = 0; c < padded; ++c) {
-    scratch.start[c] =
-        p.start != nullptr && c < columns ? element(start, 0, block.column + c) : 0.0f;
+    const bool used = p.start != nullptr && !start_of_rows && c < columns;
+    scratch.start[c] = used ? element(start, 0, block.column + c) : 0.0f;
   }
   const Mask none;
   const bool direct = lies_in_panels<kPairs>(p.right);
@@ -283,8 +284,15 @@ void compute_block(const Product& p, const Block& block, Scratch& scratch) {
         tile.column = block.column + c;
         tile.tail_scale = p.tail_scale;
         float* kept = scratch.accumulators + row * padded + height * c;
-        tile.base = pass == 0 ? scratch.start + c : kept;
-        tile.base_stride = pass == 0 ? 0 : vectors * kWidth;
+        tile.base = kept;
+        tile.base_stride = vectors * kWidth;
+        if (pass == 0 && start_of_rows) {
+          tile.base = start_of(p, block.row + row, block.column + c);
+          tile.base_stride = p.start_row_stride;
+        } else if (pass == 0) {
+          tile.base = scratch.start + c;
+          tile.base_stride = 0;
+        }
         tile.between = scratch.tile;
         if (pass == passes - 1) {
           const int64_t size = p.out.dtype == DType::kFloat32 ? 4 : 2;
