@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ def lora_linear(
     seed: Tensor | None,
     round_adapters: bool,
     column_offset: int = 0,
+) -> Tensor: ...
+def lora_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_index: Tensor,
+    bias: Tensor | None,
+    scaling: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    round_adapters: bool,
 ) -> Tensor: ...
 def set_path(name: str) -> None: ...
 def clear_cast_cache() -> None: ...

@@ -3,6 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 
 #include "common/dropout.h"
@@ -30,7 +31,7 @@ void check_seed(const char* op, const Tensor& seed) {
                     seed.sym_sizes());
 }
 
-void check_matrix(const Tensor& t, const char* name, const char* shape) {
+void check_matrix(const Tensor& t, const std::string& name, const char* shape) {
   TORCH_CHECK_VALUE(t.dim() == 2, "lora_linear: ", name, " must be 2-D (", shape, "), got shape ",
                     t.sym_sizes());
 }
@@ -43,19 +44,21 @@ void check_weight(const Tensor& weight) {
   }
 }
 
-void check_size(const Tensor& t, const char* name, int64_t dim, const char* meaning,
-                const c10::SymInt& expected, const char* source) {
+void check_size(const Tensor& t, const std::string& name, int64_t dim, const char* meaning,
+                const c10::SymInt& expected, const std::string& source) {
   TORCH_CHECK_VALUE(t.sym_size(dim) == expected, "lora_linear: ", name, " must have ", meaning,
                     " = ", expected, " (as ", source, ") in dimension ", dim, ", got shape ",
                     t.sym_sizes());
 }
 
-void check_dtype(const Tensor& t, const char* name, at::ScalarType expected, const char* source) {
+void check_dtype(const Tensor& t, const std::string& name, at::ScalarType expected,
+                 const std::string& source) {
   TORCH_CHECK_TYPE(t.scalar_type() == expected, "lora_linear: ", name, " must be ",
                    dtype_name(expected), " (as ", source, "), got ", dtype_name(t.scalar_type()));
 }
 
-void check_device(const Tensor& t, const char* name, const Tensor& like, const char* source) {
+void check_device(const Tensor& t, const std::string& name, const Tensor& like,
+                  const std::string& source) {
   TORCH_CHECK_VALUE(t.device() == like.device(), "lora_linear: ", name, " must be on ",
                     like.device(), " (as ", source, "), got ", t.device());
 }
@@ -72,55 +75,80 @@ bool is_half(at::ScalarType dtype) {
   return dtype == at::kHalf || dtype == at::kBFloat16;
 }
 
-// `rows` is the operand that the caller streams: x in forward, dy in backward.
-void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
-                    const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
-                    const std::optional<Tensor>& seed, int64_t column_offset) {
+// `rows` is the operand that the caller streams: x in forward, dy in backward. names: of the
+// adapter's matrices.
+struct Names {
+  std::string a = "lora_a", b = "lora_b";
+};
+
+void check_shapes(const Tensor& rows, const char* name, const Tensor& weight) {
   TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
                     " must have at least 1 dimension, got shape ", rows.sym_sizes());
   check_weight(weight);
-  check_matrix(lora_a, "lora_a", "rank×in_features");
-  check_matrix(lora_b, "lora_b", "out_features×rank");
-  check_size(lora_a, "lora_a", 1, "in_features", sym_in_features(weight), "weight");
-  check_size(lora_b, "lora_b", 0, "out_features", sym_out_features(weight), "weight");
-  check_size(lora_b, "lora_b", 1, "rank", lora_a.sym_size(0), "lora_a");
-  TORCH_CHECK_VALUE(lora_a.sym_size(0) >= 1, "lora_linear: lora_a must have rank ≥ 1, got shape ",
-                    lora_a.sym_sizes());
+}
 
+void check_adapter_shapes(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+                          const Names& names) {
+  check_matrix(lora_a, names.a, "rank×in_features");
+  check_matrix(lora_b, names.b, "out_features×rank");
+  check_size(lora_a, names.a, 1, "in_features", sym_in_features(weight), "weight");
+  check_size(lora_b, names.b, 0, "out_features", sym_out_features(weight), "weight");
+  check_size(lora_b, names.b, 1, "rank", lora_a.sym_size(0), names.a);
+  TORCH_CHECK_VALUE(lora_a.sym_size(0) >= 1, "lora_linear: ", names.a,
+                    " must have rank ≥ 1, got shape ", lora_a.sym_sizes());
+}
+
+void check_dtypes(const Tensor& rows, const char* name, const Tensor& weight) {
   const auto dtype = rows.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
                    "lora_linear: ", name,
                    " must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got ",
                    dtype_name(dtype));
   check_dtype(weight, "weight", dtype, name);
-  const auto adapter = lora_a.scalar_type();
+}
+
+void check_adapter_dtypes(const Tensor& rows, const char* name, const Tensor& lora_a,
+                          const Tensor& lora_b, const Names& names) {
+  const auto dtype = rows.scalar_type(), adapter = lora_a.scalar_type();
   TORCH_CHECK_TYPE(adapter == dtype || (adapter == at::kFloat && is_half(dtype)),
-                   "lora_linear: lora_a must be ", dtype_name(dtype), " (as ", name, ")",
+                   "lora_linear: ", names.a, " must be ", dtype_name(dtype), " (as ", name, ")",
                    is_half(dtype) ? " or torch.float32 (masters)" : "", ", got ",
                    dtype_name(adapter));
-  check_dtype(lora_b, "lora_b", adapter, "lora_a");
+  check_dtype(lora_b, names.b, adapter, names.a);
+}
 
-  check_device(weight, "weight", rows, name);
-  check_device(lora_a, "lora_a", rows, name);
-  check_device(lora_b, "lora_b", rows, name);
-
+void check_dropout(const Tensor& rows, const char* name, double dropout_p,
+                   const std::optional<Tensor>& seed) {
   check_probability("lora_linear", dropout_p, "dropout_p");
   if (dropout_p > 0.0) {
     TORCH_CHECK_VALUE(seed.has_value(), "lora_linear: seed must be given with dropout_p > 0");
     check_seed("lora_linear", *seed);
     check_device(*seed, "seed", rows, name);
   }
+}
+
+void check_column_offset(int64_t column_offset) {
   TORCH_CHECK_VALUE(column_offset >= 0 && column_offset % kLanes == 0,
                     "lora_linear: column_offset must be a multiple of ", kLanes, " and ≥ 0, got ",
                     column_offset);
 }
 
-}  // namespace
+void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
+                    const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
+                    const std::optional<Tensor>& seed, int64_t column_offset) {
+  const Names names;
+  check_shapes(rows, name, weight);
+  check_adapter_shapes(weight, lora_a, lora_b, names);
+  check_dtypes(rows, name, weight);
+  check_adapter_dtypes(rows, name, lora_a, lora_b, names);
+  check_device(weight, "weight", rows, name);
+  check_device(lora_a, names.a, rows, name);
+  check_device(lora_b, names.b, rows, name);
+  check_dropout(rows, name, dropout_p, seed);
+  check_column_offset(column_offset);
+}
 
-void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
-                       const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
-                       const std::optional<Tensor>& seed, int64_t column_offset) {
-  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed, column_offset);
+void check_x(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_size(x, "x", -1, "in_features", sym_in_features(weight), "weight");
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
@@ -131,16 +159,16 @@ void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora
   }
 }
 
-void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
-                        const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& h,
-                        double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
-                        const std::array<bool, 5>& needed, int64_t column_offset) {
-  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed, column_offset);
+// x and h of a backward, where they are needed, and that a packed weight is not.
+void check_saved(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+                 const std::optional<Tensor>& h, const c10::SymInt& rank, const Tensor& lora_a,
+                 const std::string& name_a, bool round_adapters, bool needs_weight, bool needs_a,
+                 bool needs_b) {
   check_size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
-  TORCH_CHECK_VALUE(!needed[1] || !is_packed(weight),
+  TORCH_CHECK_VALUE(!needs_weight || !is_packed(weight),
                     "lora_linear: weight is packed, and packed weights are frozen: there is no "
                     "gradient of it");
-  if (needed[1] || needed[2]) {
+  if (needs_weight || needs_a) {
     TORCH_CHECK_VALUE(x.has_value(), "lora_linear: x must be given for dweight and dlora_a");
     TORCH_CHECK_VALUE(x->dim() == dy.dim(), "lora_linear: x must have as many dimensions as dy (",
                       dy.dim(), "), got shape ", x->sym_sizes());
@@ -149,16 +177,101 @@ void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const 
     check_dtype(*x, "x", dy.scalar_type(), "dy");
     check_device(*x, "x", dy, "dy");
   }
-  if (needed[3]) {
+  if (needs_b) {
     TORCH_CHECK_VALUE(h.has_value(), "lora_linear: h must be given for dlora_b");
     check_matrix(*h, "h", "rows×rank");
     check_size(*h, "h", 0, "rows", composed::sym_rows(dy), "dy");
-    check_size(*h, "h", 1, "rank", lora_a.sym_size(0), "lora_a");
+    check_size(*h, "h", 1, "rank", rank, name_a);
     const bool rounded = round_adapters || dy.scalar_type() == lora_a.scalar_type();
     check_dtype(*h, "h", rounded ? dy.scalar_type() : lora_a.scalar_type(),
-                rounded ? "dy" : "lora_a");
+                rounded ? "dy" : name_a);
     check_device(*h, "h", dy, "dy");
   }
+}
+
+// `count` values for `count` adapters.
+void check_count(size_t count, const char* name, size_t expected) {
+  TORCH_CHECK_VALUE(count == expected, "lora_linear: ", name, " must have ", expected,
+                    " entries (as lora_a), got ", count);
+}
+
+void check_mixed_operands(const Tensor& rows, const char* name, const Tensor& weight,
+                          at::TensorList lora_a, at::TensorList lora_b, const Tensor& index,
+                          at::ArrayRef<double> scaling, double dropout_p,
+                          const std::optional<Tensor>& seed) {
+  check_shapes(rows, name, weight);
+  TORCH_CHECK_VALUE(!lora_a.empty(), "lora_linear: lora_a must have at least 1 entry, got none");
+  check_count(lora_b.size(), "lora_b", lora_a.size());
+  check_count(scaling.size(), "scaling", lora_a.size());
+  check_dtypes(rows, name, weight);
+  check_device(weight, "weight", rows, name);
+  for (size_t i = 0; i < lora_a.size(); ++i) {
+    const std::string which = "[" + std::to_string(i) + "]";
+    const Names names = {"lora_a" + which, "lora_b" + which};
+    check_adapter_shapes(weight, lora_a[i], lora_b[i], names);
+    check_adapter_dtypes(rows, name, lora_a[i], lora_b[i], names);
+    check_dtype(lora_a[i], names.a, lora_a[0].scalar_type(), "lora_a[0]");
+    check_device(lora_a[i], names.a, rows, name);
+    check_device(lora_b[i], names.b, rows, name);
+  }
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong,
+                   "lora_linear: adapter_index must be torch.int64, got ",
+                   dtype_name(index.scalar_type()));
+  check_device(index, "adapter_index", rows, name);
+  bool leads = index.dim() < rows.dim();
+  for (int64_t d = 0; leads && d < index.dim(); ++d) leads = index.sym_size(d) == rows.sym_size(d);
+  TORCH_CHECK_VALUE(leads, "lora_linear: adapter_index must have the first dimensions of ", name,
+                    " (", rows.sym_sizes(), "), got shape ", index.sym_sizes());
+  check_dropout(rows, name, dropout_p, seed);
+}
+
+c10::SymInt sum_of_ranks(at::TensorList lora_a) {
+  c10::SymInt ranks = 0;
+  for (const Tensor& a : lora_a) ranks = ranks + a.sym_size(0);
+  return ranks;
+}
+
+}  // namespace
+
+void forward_arguments(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                       const Tensor& lora_b, const std::optional<Tensor>& bias, double dropout_p,
+                       const std::optional<Tensor>& seed, int64_t column_offset) {
+  check_operands(x, "x", weight, lora_a, lora_b, dropout_p, seed, column_offset);
+  check_x(x, weight, bias);
+}
+
+void backward_arguments(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
+                        const Tensor& lora_a, const Tensor& lora_b, const std::optional<Tensor>& h,
+                        double dropout_p, const std::optional<Tensor>& seed, bool round_adapters,
+                        const std::array<bool, 5>& needed, int64_t column_offset) {
+  check_operands(dy, "dy", weight, lora_a, lora_b, dropout_p, seed, column_offset);
+  check_saved(dy, x, weight, h, lora_a.sym_size(0), lora_a, "lora_a", round_adapters, needed[1],
+              needed[2], needed[3]);
+}
+
+void mixed_forward_arguments(const Tensor& x, const Tensor& weight, at::TensorList lora_a,
+                             at::TensorList lora_b, const Tensor& index,
+                             const std::optional<Tensor>& bias, at::ArrayRef<double> scaling,
+                             double dropout_p, const std::optional<Tensor>& seed) {
+  check_mixed_operands(x, "x", weight, lora_a, lora_b, index, scaling, dropout_p, seed);
+  check_x(x, weight, bias);
+}
+
+void mixed_backward_arguments(const Tensor& dy, const std::optional<Tensor>& x,
+                              const Tensor& weight, at::TensorList lora_a, at::TensorList lora_b,
+                              const Tensor& index, const std::optional<Tensor>& h,
+                              at::ArrayRef<double> scaling, double dropout_p,
+                              const std::optional<Tensor>& seed, bool round_adapters,
+                              bool needs_weight, const c10::List<bool>& needs_a,
+                              const c10::List<bool>& needs_b) {
+  check_mixed_operands(dy, "dy", weight, lora_a, lora_b, index, scaling, dropout_p, seed);
+  check_count(needs_a.size(), "needed_a", lora_a.size());
+  check_count(needs_b.size(), "needed_b", lora_a.size());
+  const auto any = [](const c10::List<bool>& flags) {
+    return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
+  };
+  check_saved(dy, x, weight, h, sum_of_ranks(lora_a), lora_a[0], "lora_a", round_adapters,
+              needs_weight, any(needs_a), any(needs_b));
 }
 
 void pack_arguments(const Tensor& weight) {

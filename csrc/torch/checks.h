@@ -2,6 +2,7 @@
 // was given. Works on symbolic sizes, so the fakes raise the same errors.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -21,6 +22,19 @@ void backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x
                         double dropout_p, const std::optional<at::Tensor>& seed,
                         bool round_adapters, const std::array<bool, 5>& needed,
                         int64_t column_offset);
+
+// The same for rows of several adapters, index: adapter_index. What lies in it is not looked at.
+void mixed_forward_arguments(const at::Tensor& x, const at::Tensor& weight, at::TensorList lora_a,
+                             at::TensorList lora_b, const at::Tensor& index,
+                             const std::optional<at::Tensor>& bias, at::ArrayRef<double> scaling,
+                             double dropout_p, const std::optional<at::Tensor>& seed);
+void mixed_backward_arguments(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                              const at::Tensor& weight, at::TensorList lora_a,
+                              at::TensorList lora_b, const at::Tensor& index,
+                              const std::optional<at::Tensor>& h, at::ArrayRef<double> scaling,
+                              double dropout_p, const std::optional<at::Tensor>& seed,
+                              bool round_adapters, bool needs_weight,
+                              const c10::List<bool>& needs_a, const c10::List<bool>& needs_b);
 
 // A plain weight that can be packed; and a packed one, of `op`'s.
 void pack_arguments(const at::Tensor& weight);

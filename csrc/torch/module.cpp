@@ -4,10 +4,12 @@
 
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "build_facts.h"
 #include "torch/cast_cache.h"
 #include "torch/cpu/module.h"
+#include "torch/mixed_batch/ops.h"
 #include "torch/ops.h"
 #include "torch/path.h"
 #include "torch/policy.h"
@@ -23,6 +25,17 @@ void set_path(const std::string& name) {
   fused_lora::ask_for(!forced ? Path::kAuto : name == "fused" ? Path::kFused : Path::kComposed);
 }
 
+using Tensors = std::vector<at::Tensor>;
+using fused_lora::ops::OptionalTensor;
+
+at::Tensor lora_linear_mixed(const at::Tensor& x, const at::Tensor& weight, const Tensors& lora_a,
+                             const Tensors& lora_b, const at::Tensor& adapter_index,
+                             const OptionalTensor& bias, const std::vector<double>& scaling,
+                             double dropout_p, const OptionalTensor& seed, bool round_adapters) {
+  return fused_lora::ops::lora_linear_mixed(x, weight, lora_a, lora_b, adapter_index, bias, scaling,
+                                            dropout_p, seed, round_adapters);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -34,6 +47,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
         py::arg("column_offset") = 0, py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fused_lora.lora_linear, differentiable, called directly.");
+  m.def("lora_linear_mixed", &lora_linear_mixed, py::arg("x"), py::arg("weight"), py::arg("lora_a"),
+        py::arg("lora_b"), py::arg("adapter_index"), py::arg("bias"), py::arg("scaling"),
+        py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
+        py::call_guard<py::gil_scoped_release>(),
+        "torch.ops.fused_lora.lora_linear_mixed, differentiable, called directly.");
   m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
         py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");

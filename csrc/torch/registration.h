@@ -9,8 +9,9 @@
 #define FUSED_LORA_CUDA_KEY CUDA
 #endif
 
-// torch's own macro pastes its argument as it stands; this one expands it first.
+// torch's own macros paste their argument as it stands; these expand it first.
 #define FUSED_LORA_DEFINE_LIBRARY(name, m) TORCH_LIBRARY(name, m)
+#define FUSED_LORA_DEFINE_FRAGMENT(name, m) TORCH_LIBRARY_FRAGMENT(name, m)
 
 #define FUSED_LORA_QUOTE(text) #text
 #define FUSED_LORA_QUOTED(macro) FUSED_LORA_QUOTE(macro)

@@ -233,6 +233,17 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
   bool allocated_ = false;
 };
 
+// Whether a backend's kernels come into question for a long operand. Asked for by name they serve
+// or throw.
+template <typename Backend>
+bool may_take_kernels(Path asked, const at::Tensor& rows) {
+  if (asked == Path::kComposed) return false;
+  const std::string obstacle = Backend::obstacle(rows);
+  TORCH_CHECK(obstacle.empty() || asked != Path::kFused,
+              "lora_linear: path 'fused' was asked for, but ", obstacle);
+  return obstacle.empty();
+}
+
 // The ops on a backend: check, choose a path, allocate, launch.
 template <typename Backend>
 struct Ops {
@@ -247,7 +258,7 @@ struct Ops {
         weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask, column_offset},
         round_adapters};
     const Path asked = asked_path();
-    if (!may_take_kernels(asked, x)) return composed_forward(x, p, bias);
+    if (!may_take_kernels<Backend>(asked, x)) return composed_forward(x, p, bias);
     return Forward<Backend>(x, p, bias)(asked);
   }
 
@@ -266,7 +277,8 @@ struct Ops {
     const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
     const Path asked = asked_path();
     const bool has_work = needs_x || needs_a || needs_b;
-    if (!has_work || !may_take_kernels(asked, dy)) return composed_backward(dy, x, h, p, needed);
+    if (!has_work || !may_take_kernels<Backend>(asked, dy))
+      return composed_backward(dy, x, h, p, needed);
     return Backward<Backend>(dy, x, h, p, needed)(asked);
   }
 
@@ -275,17 +287,6 @@ struct Ops {
     checks::mask_arguments(seed, rows, columns, p, row_offset, column_offset);
     const c10::DeviceGuard guard(seed.device());
     return Backend::mask(seed, rows, columns, p, row_offset, column_offset, dtype);
-  }
-
- private:
-  // Whether the kernels come into question for a long operand. Asked for by name they serve or
-  // throw.
-  static bool may_take_kernels(Path asked, const at::Tensor& rows) {
-    if (asked == Path::kComposed) return false;
-    const std::string obstacle = Backend::obstacle(rows);
-    TORCH_CHECK(obstacle.empty() || asked != Path::kFused,
-                "lora_linear: path 'fused' was asked for, but ", obstacle);
-    return obstacle.empty();
   }
 };
 

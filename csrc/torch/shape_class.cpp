@@ -57,6 +57,7 @@ std::string ShapeClass::text() const {
   add("in", std::to_string(in_features));
   add("out", std::to_string(out_features));
   add("rank", std::to_string(rank));
+  if (mixed > 0) add("mixed", std::to_string(mixed));
   add("dtype", name(dtype));
   add("adapters", name(adapter_dtype));
   if (round_adapters) text += " rounded";
@@ -88,6 +89,7 @@ ShapeClass::Key ShapeClass::key() const {
           in_features,
           out_features,
           rank,
+          mixed,
           static_cast<int64_t>(dtype),
           static_cast<int64_t>(adapter_dtype),
           bits,

@@ -24,6 +24,7 @@ struct ShapeClass {
   const char* instructions = nullptr;  // of the CPU's kernels: a literal
   bool backward = false;
   int64_t rows = 0, in_features = 0, out_features = 0, rank = 0;
+  int64_t mixed = 0;  // adapters that the rows belong to; 0: all of them to one
   ClassDType dtype = ClassDType::kFloat32, adapter_dtype = ClassDType::kFloat32;
   bool round_adapters = false;
   bool allow_tf32 = false;
@@ -37,7 +38,7 @@ struct ShapeClass {
   // Everything but the device, in words: how the class is known on disk.
   std::string text() const;
 
-  using Key = std::array<int64_t, 11>;
+  using Key = std::array<int64_t, 12>;
   Key key() const;
 };
 

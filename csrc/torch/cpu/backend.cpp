@@ -130,4 +130,12 @@ void Backend::launch(BackwardCall call) const {
   fused::run(call, level(), pool_);
 }
 
+void Backend::launch(const fused::MixedForwardCall& call) const {
+  fused::run(call, level(), pool_);
+}
+
+void Backend::launch(const fused::MixedBackwardCall& call) const {
+  fused::run(call, level(), pool_);
+}
+
 }  // namespace fused_lora::cpu

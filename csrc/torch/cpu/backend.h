@@ -8,6 +8,7 @@
 
 #include "composed/rows.h"
 #include "cpu/fused/lora_linear.h"
+#include "cpu/fused/mixed_batch.h"
 #include "torch/choice.h"
 
 namespace fused_lora::cpu {
@@ -49,6 +50,8 @@ class Backend {
 
   void launch(const ForwardCall& call) const;
   void launch(BackwardCall call) const;
+  void launch(const fused::MixedForwardCall& call) const;
+  void launch(const fused::MixedBackwardCall& call) const;
 
  private:
   fused::Parallel pool_;

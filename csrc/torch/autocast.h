@@ -1,0 +1,47 @@
+// The operands of an op under autocast: x, W and b go to its dtype, as in torch's own linear. fp32
+// adapters do not: they are rounded inside the op, so that no cast of them is stored and their
+// gradients come out in fp32.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+
+#include "torch/cast_cache.h"
+#include "torch/packed_weight.h"
+
+namespace fused_lora {
+
+// While it lives, calls of this thread are out of autocast.
+template <c10::DeviceType kDevice>
+class OutOfAutocast {
+ public:
+  OutOfAutocast()
+      : guard_(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice)),
+        dtype_(at::autocast::get_autocast_dtype(kDevice)) {}
+
+  at::Tensor tensor(const at::Tensor& t) const {
+    return at::autocast::cached_cast(dtype_, t, kDevice);
+  }
+
+  at::Tensor weight(const at::Tensor& t) const {
+    const bool eligible = at::autocast::is_eligible(t, kDevice) && t.scalar_type() != at::kDouble;
+    const bool frozen = eligible && t.scalar_type() != dtype_ && !t.requires_grad() &&
+                        at::autocast::is_autocast_cache_enabled();
+    if (frozen) return cast_cache::cast(t, dtype_);
+    return is_packed(t) && t.scalar_type() != dtype_ ? tensor(plain(t)) : tensor(t);
+  }
+
+  at::Tensor adapter(const at::Tensor& t) const {
+    return t.scalar_type() == at::kFloat ? t : tensor(t);
+  }
+
+  // Whether adapters beside an x that was cast are rounded.
+  static bool is_half(const at::Tensor& x) {
+    return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  }
+
+ private:
+  c10::impl::ExcludeDispatchKeyGuard guard_;
+  at::ScalarType dtype_;
+};
+
+}  // namespace fused_lora
