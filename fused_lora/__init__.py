@@ -8,11 +8,20 @@ from fused_lora.choices import share_choices
 from fused_lora.explanation import explain
 from fused_lora.files import AdapterFileError, load_adapter, save_adapter
 from fused_lora.layer import LoRALinear, LoRASettings
-from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear
+from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear, lora_linear_mixed
 from fused_lora.packing import pack, unpack
 from fused_lora.paths import use_cpu_level, use_path
 from fused_lora.report import PackReport, Report
-from fused_lora.swap import add_lora, disabled, merge, remove_lora, set_adapter, unmerge
+from fused_lora.swap import (
+    add_lora,
+    disabled,
+    merge,
+    remove_lora,
+    set_adapter,
+    train_adapters,
+    unmerge,
+    use_adapters,
+)
 
 __all__ = [
     "AdapterFileError",
@@ -30,15 +39,18 @@ __all__ = [
     "fuse",
     "load_adapter",
     "lora_linear",
+    "lora_linear_mixed",
     "merge",
     "pack",
     "remove_lora",
     "save_adapter",
     "set_adapter",
     "share_choices",
+    "train_adapters",
     "unfuse",
     "unmerge",
     "unpack",
+    "use_adapters",
     "use_cpu_level",
     "use_path",
 ]

@@ -3,6 +3,8 @@ with the same words (csrc/torch/checks.cpp)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,42 +25,125 @@ def check_arguments(
     column_offset: int = 0,
 ) -> None:
     """Raises ValueError for a shape, device or probability, TypeError for a dtype."""
+    _check_base_shapes(x, weight)
+    _check_adapter_shapes(weight, lora_a, lora_b, "lora_a", "lora_b")
+    _check_base_dtypes(x, weight)
+    _check_adapter_dtypes(x, lora_a, lora_b, "lora_a", "lora_b")
+    for tensor, name in ((weight, "weight"), (lora_a, "lora_a"), (lora_b, "lora_b")):
+        _device(tensor, name, x)
+    _check_dropout(x, dropout_p, seed)
+    _check_column_offset(column_offset)
+    _check_x(x, weight, bias)
+
+
+def check_mixed_arguments(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_index: Tensor,
+    bias: Tensor | None,
+    scaling: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    dtypes: bool = True,
+) -> None:
+    """Raises ValueError for a shape, device or probability, TypeError for a dtype, and for an index on the
+    CPU IndexError. dtypes: whether those of x, the weight and the adapters must fit each other."""
+    _check_base_shapes(x, weight)
+    if not lora_a:
+        raise ValueError("lora_linear: lora_a must have at least 1 entry, got none")
+    for values, name in ((lora_b, "lora_b"), (scaling, "scaling")):
+        if len(values) != len(lora_a):
+            raise ValueError(
+                f"lora_linear: {name} must have {len(lora_a)} entries (as lora_a), got {len(values)}"
+            )
+    if dtypes:
+        _check_base_dtypes(x, weight)
+    _device(weight, "weight", x)
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        names = f"lora_a[{i}]", f"lora_b[{i}]"
+        _check_adapter_shapes(weight, a, b, *names)
+        if dtypes:
+            _check_adapter_dtypes(x, a, b, *names)
+            _dtype(a, names[0], lora_a[0].dtype, "lora_a[0]")
+        _device(a, names[0], x)
+        _device(b, names[1], x)
+    if adapter_index.dtype != torch.int64:
+        raise TypeError(f"lora_linear: adapter_index must be torch.int64, got {adapter_index.dtype}")
+    _device(adapter_index, "adapter_index", x)
+    dims = adapter_index.dim()
+    if dims >= x.dim() or adapter_index.shape != x.shape[:dims]:
+        raise ValueError(
+            f"lora_linear: adapter_index must have the first dimensions of x ({list(x.shape)}), got shape "
+            f"{list(adapter_index.shape)}"
+        )
+    _check_dropout(x, dropout_p, seed)
+    _check_x(x, weight, bias, dtypes)
+    if adapter_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        beyond = adapter_index[adapter_index >= len(lora_a)]
+        if beyond.numel():
+            raise IndexError(
+                f"lora_linear: adapter_index must be below {len(lora_a)} (the adapters given), or negative "
+                f"for none, got {int(beyond[0])}"
+            )
+
+
+def _check_base_shapes(x: Tensor, weight: Tensor) -> None:
     if x.dim() < 1:
         raise ValueError(f"lora_linear: x must have at least 1 dimension, got shape {list(x.shape)}")
     _dims(weight, "weight", 2, "out_features×in_features")
-    _dims(lora_a, "lora_a", 2, "rank×in_features")
-    _dims(lora_b, "lora_b", 2, "out_features×rank")
+
+
+def _check_adapter_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, name_a: str, name_b: str) -> None:
+    _dims(lora_a, name_a, 2, "rank×in_features")
+    _dims(lora_b, name_b, 2, "out_features×rank")
     out_features, in_features = weight.shape
-    _size(lora_a, "lora_a", 1, "in_features", in_features, "weight")
-    _size(lora_b, "lora_b", 0, "out_features", out_features, "weight")
-    _size(lora_b, "lora_b", 1, "rank", lora_a.shape[0], "lora_a")
+    _size(lora_a, name_a, 1, "in_features", in_features, "weight")
+    _size(lora_b, name_b, 0, "out_features", out_features, "weight")
+    _size(lora_b, name_b, 1, "rank", lora_a.shape[0], name_a)
     if lora_a.shape[0] < 1:
-        raise ValueError(f"lora_linear: lora_a must have rank ≥ 1, got shape {list(lora_a.shape)}")
+        raise ValueError(f"lora_linear: {name_a} must have rank ≥ 1, got shape {list(lora_a.shape)}")
+
+
+def _check_base_dtypes(x: Tensor, weight: Tensor) -> None:
     if x.dtype not in _DTYPES:
         allowed = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
         raise TypeError(f"lora_linear: x must be {allowed}, got {x.dtype}")
     _dtype(weight, "weight", x.dtype, "x")
+
+
+def _check_adapter_dtypes(x: Tensor, lora_a: Tensor, lora_b: Tensor, name_a: str, name_b: str) -> None:
     if lora_a.dtype != x.dtype and not (lora_a.dtype == torch.float32 and x.dtype in _HALF):
         masters = " or torch.float32 (masters)" if x.dtype in _HALF else ""
-        raise TypeError(f"lora_linear: lora_a must be {x.dtype} (as x){masters}, got {lora_a.dtype}")
-    _dtype(lora_b, "lora_b", lora_a.dtype, "lora_a")
-    for tensor, name in ((weight, "weight"), (lora_a, "lora_a"), (lora_b, "lora_b")):
-        _device(tensor, name, x)
+        raise TypeError(f"lora_linear: {name_a} must be {x.dtype} (as x){masters}, got {lora_a.dtype}")
+    _dtype(lora_b, name_b, lora_a.dtype, name_a)
+
+
+def _check_dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
     check_probability("lora_linear", dropout_p, "dropout_p")
     if dropout_p > 0.0:
         if seed is None:
             raise ValueError("lora_linear: seed must be given with dropout_p > 0")
         _seed("lora_linear", seed)
         _device(seed, "seed", x)
+
+
+def _check_column_offset(column_offset: int) -> None:
     if column_offset < 0 or column_offset % MASK_LANES:
         raise ValueError(
             f"lora_linear: column_offset must be a multiple of {MASK_LANES} and ≥ 0, got {column_offset}"
         )
+
+
+def _check_x(x: Tensor, weight: Tensor, bias: Tensor | None, dtypes: bool = True) -> None:
+    out_features, in_features = weight.shape
     _size(x, "x", x.dim() - 1, "in_features", in_features, "weight", dim_name="-1")
     if bias is not None:
         _dims(bias, "bias", 1, "out_features")
         _size(bias, "bias", 0, "out_features", out_features, "weight")
-        _dtype(bias, "bias", x.dtype, "x")
+        if dtypes:
+            _dtype(bias, "bias", x.dtype, "x")
         _device(bias, "bias", x)
 
 

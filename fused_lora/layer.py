@@ -16,7 +16,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
 from fused_lora.gathered import autocast_copy, is_gathered
-from fused_lora.ops import is_sharded, lora_linear, seed_on
+from fused_lora.mixed_batch import adapter_index, present
+from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed, seed_on
 from fused_lora.packed import (
     WEIGHT,
     PacksWeight,
@@ -82,6 +83,7 @@ class LoRALinear(nn.Linear, PacksWeight):
     settings: dict[str, LoRASettings]
     _active: list[str]
     _enabled: bool
+    _batch: tuple[str | None, ...] | None  # of every element of a batch its adapter (use_adapters)
     _unmerged_weight: nn.Parameter | None
     _base_class: type[nn.Module]
     fan_in_fan_out: bool  # weight is stored in_features×out_features, as Conv1D stores it
@@ -154,7 +156,10 @@ class LoRALinear(nn.Linear, PacksWeight):
         if self.fan_in_fan_out:
             del self.in_features, self.out_features
         base_class = self._base_class
-        for name in ("settings", "_active", "_enabled", "_unmerged_weight", "_base_class", "fan_in_fan_out"):
+        for name in (
+            *("settings", "_active", "_enabled", "_batch", "_unmerged_weight", "_base_class"),
+            "fan_in_fan_out",
+        ):
             del self.__dict__[name]
         self.__class__ = base_class  # type: ignore[assignment]
         return self
@@ -169,6 +174,7 @@ class LoRALinear(nn.Linear, PacksWeight):
         self.settings = {}
         self._active = []
         self._enabled = True
+        self._batch = None
         self._unmerged_weight = None
 
     # Adapters
@@ -299,14 +305,12 @@ class LoRALinear(nn.Linear, PacksWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: …×in_features. Returns …×out_features."""
+        if self._batch is not None:
+            return self._forward_mixed(x, self._batch)
         if self._unmerged_weight is not None or not self._enabled or not self._active:
             y: Tensor = self._base_class.forward(self, x)
             return y
-        weight = held_weight(self)
-        if self.fan_in_fan_out and weight.dim() == 2:
-            weight = weight.t()
-        if is_gathered(self):
-            weight = autocast_copy(weight)
+        weight = self._operand()
         if len(self._active) == 1:
             (name,) = self._active
             settings = self.settings[name]
@@ -329,6 +333,62 @@ class LoRALinear(nn.Linear, PacksWeight):
         a = torch.cat([self.lora_A[name] for name in self._active])
         b = torch.cat([self.settings[name].scaling * self.lora_B[name] for name in self._active], dim=1)
         return lora_linear(x, weight, a, b, self.bias)
+
+    def _operand(self) -> Tensor:
+        """The weight as the op takes it."""
+        weight = held_weight(self)
+        if self.fan_in_fan_out and weight.dim() == 2:
+            weight = weight.t()
+        return autocast_copy(weight) if is_gathered(self) else weight
+
+    def _forward_mixed(self, x: Tensor, batch: tuple[str | None, ...]) -> Tensor:
+        """x: batch×…×in_features, of every element of the batch its adapter."""
+        self._demand_unmerged("use several adapters in one batch")
+        if x.dim() < 2 or x.shape[0] != len(batch):
+            raise ValueError(
+                f"names: {len(batch)} adapters are given for a batch whose first dimension is not as long: "
+                f"x has shape {list(x.shape)}"
+            )
+        names = present(batch, self.settings)
+        if not self._enabled or not names:
+            y: Tensor = self._base_class.forward(self, x)
+            return y
+        weight = self._operand()
+        if is_sharded(weight):
+            raise RuntimeError("use_adapters: the weight is split over processes, which takes one adapter")
+        index = adapter_index(batch, names, x.device)
+        lora_a, lora_b = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names]
+        dropout = {self.settings[name].dropout for name in names} if self.training else {0.0}
+        if len(dropout) > 1 or len({a.dtype for a in lora_a}) > 1:
+            return self._forward_mixed_apart(x, index, names)
+        return lora_linear_mixed(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            index,
+            self.bias,
+            scaling=[self.settings[name].scaling for name in names],
+            dropout_p=dropout.pop(),
+        )
+
+    def _forward_mixed_apart(self, x: Tensor, index: Tensor, names: tuple[str, ...]) -> Tensor:
+        """For adapters that drop out differently, or differ in dtype: one after another."""
+        y: Tensor = self._base_class.forward(self, x)
+        for place, name in enumerate(names):
+            settings = self.settings[name]
+            own = (index == place).nonzero().squeeze(1)
+            drops = self.training and settings.dropout > 0
+            delta = reference.lora_delta(
+                x.index_select(0, own),
+                self.lora_A[name],
+                self.lora_B[name],
+                scaling=settings.scaling,
+                dropout_p=settings.dropout if drops else 0.0,
+                seed=seed_on(x.device, None) if drops else None,
+            )
+            y = y.index_add(0, own, delta.to(y.dtype))
+        return y
 
     def _drops_apart(self) -> bool:
         """Whether several adapters are active, and each draws a mask of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,6 +111,77 @@ def lora_linear(
     assert _compiled is not None
     y = _compiled.lora_linear(
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset
+    )
+    return y
+
+
+def lora_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+) -> Tensor:
+    """`lora_linear` for a batch whose rows belong to different adapters, in one call:
+
+        y[i] = x[i] Wᵀ + b + sⱼ · drop(x[i]) Aⱼᵀ Bⱼᵀ,   j = adapter_index[i]; none where it is negative
+
+    Args:
+        lora_a: of each adapter rᵢ×in_features, of any ranks and one dtype, as lora_linear's.
+        lora_b: of each adapter out_features×rᵢ.
+        adapter_index: int64 on x's device, of x's first dimensions: one for every row, or for every element
+            of a batch of sequences. In any order; rows of an adapter that are neighbours are the quickest.
+        scaling: sᵢ, of each adapter.
+        dropout_p: of all adapters' input, by the mask that lora_linear would draw.
+
+    The others are lora_linear's. The frozen product takes all rows together. An adapter meets its own rows
+    alone: numbers of it that are not finite reach no other row. Gradients go to whichever of x, weight, bias
+    and every lora_a[i] and lora_b[i] require them; an adapter without rows gets zeros.
+
+    Raises ValueError and TypeError as lora_linear, and on the CPU IndexError for an adapter_index that is
+    not below the number of adapters.
+    """
+    check_probability("lora_linear", dropout_p, "dropout_p")
+    if training and dropout_p > 0.0:
+        seed_tensor = seed_on(x.device, seed)
+    else:
+        dropout_p, seed_tensor = 0.0, None
+    if paths.choose(x.device.type, x.device.index) == "reference":
+        if weight.dim() == 3:
+            weight = reference.unpacked(weight)
+        return reference.lora_linear_mixed(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            adapter_index,
+            bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+        )
+    if torch.compiler.is_compiling() or has_torch_function((x, weight, *lora_a, *lora_b)):
+        y: Tensor = torch.ops.fused_lora.lora_linear_mixed(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            adapter_index,
+            bias,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+        )
+        return y
+    assert _compiled is not None
+    y = _compiled.lora_linear_mixed(
+        x, weight, lora_a, lora_b, adapter_index, bias, scaling, dropout_p, seed_tensor, False
     )
     return y
 

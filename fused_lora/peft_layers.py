@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from fused_lora.gathered import autocast_copy, is_gathered
 from fused_lora.layer import PLAIN_PARAMETERS, linear_obstacle, operand_of, stores_transposed
-from fused_lora.ops import is_sharded, lora_linear
+from fused_lora.mixed_batch import adapter_index, present
+from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed
 from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
@@ -24,27 +26,44 @@ except ImportError as error:
 
 
 class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
-    """peft.tuners.lora.Linear with one fused call for the case that is trained and served most: one active
-    plain adapter, neither merged nor disabled. In every other state PEFT's own forward runs."""
+    """peft.tuners.lora.Linear with one fused call for the cases that are trained and served most: one active
+    plain adapter, neither merged nor disabled; and in a batch of adapter_names several such ones. In every
+    other state PEFT's own forward runs."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = kwargs.get("adapter_names")
+        if names is not None and not args and len(kwargs) == 1:
+            self._check_forward_args(x, adapter_names=names)
+            mixed = self._fusible_mixture(names)
+            if mixed:
+                return self._forward_mixed(x, names, mixed)
         name = self._fusible_adapter()
         if args or kwargs or name is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
-        weight = operand_of(base)
-        if is_gathered(base):
-            weight = autocast_copy(weight)
         return lora_linear(
             x,
-            weight,
+            _operand(base),
             lora_a._parameters["weight"],  # type: ignore[arg-type]
             lora_b._parameters["weight"],  # type: ignore[arg-type]
             base._parameters["bias"],
             scaling=self.scaling[name],
             dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
             training=dropout.training,
+        )
+
+    def _forward_mixed(self, x: Tensor, names: Sequence[str], mixed: tuple[str, ...]) -> Tensor:
+        base = _part(self, "base_layer")
+        lora_a, lora_b = _part(self, "lora_A")._modules, _part(self, "lora_B")._modules
+        return lora_linear_mixed(
+            x,
+            _operand(base),
+            [lora_a[name]._parameters["weight"] for name in mixed],  # type: ignore[union-attr, misc]
+            [lora_b[name]._parameters["weight"] for name in mixed],  # type: ignore[union-attr, misc]
+            adapter_index(names, mixed, x.device),
+            base._parameters["bias"],
+            scaling=[self.scaling[name] for name in mixed],
         )
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -80,6 +99,23 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
         (name,) = active
         reason = adapter_obstacle(self, name) or parameters_obstacle(self, name)
         return name if reason is None else None
+
+    def _fusible_mixture(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The adapters that a batch uses here, where the fused op computes what PEFT would; else none."""
+        base = _part(self, "base_layer")
+        if self.disable_adapters or self.merged or base_obstacle(base) or is_sharded(held_weight(base)):
+            return ()
+        parts = _part(self, "lora_A")._modules
+        mixed = present(names, parts)
+        dtypes = set()
+        for name in mixed:
+            # PEFT draws a mask for each adapter's rows, if one were to train so.
+            dropout = _part(_part(self, "lora_dropout"), name)
+            drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
+            if drops or adapter_obstacle(self, name) or parameters_obstacle(self, name):
+                return ()
+            dtypes.add(held_weight(_part(_part(self, "lora_A"), name)).dtype)
+        return mixed if len(dtypes) == 1 else ()
 
 
 def fuse(model: nn.Module) -> Report:
@@ -187,6 +223,12 @@ def _adapter(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Modu
     """An adapter's A, B and dropout."""
     a, b, dropout = (_part(_part(layer, part), name) for part in ("lora_A", "lora_B", "lora_dropout"))
     return a, b, dropout
+
+
+def _operand(base: nn.Module) -> Tensor:
+    """The base layer's weight as the op takes it."""
+    weight = operand_of(base)
+    return autocast_copy(weight) if is_gathered(base) else weight
 
 
 def _has_hooks(module: nn.Module) -> bool:

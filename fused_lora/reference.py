@@ -8,12 +8,19 @@ It is what every other path is tested against, and what serves where there is no
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lora.arguments import MASK_LANES, PANEL_ROWS, check_arguments, check_packed
+from fused_lora.arguments import (
+    MASK_LANES,
+    PANEL_ROWS,
+    check_arguments,
+    check_mixed_arguments,
+    check_packed,
+)
 
 _WORD = 0xFFFFFFFF
 
@@ -40,6 +47,36 @@ def lora_linear(
         x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed, column_offset=column_offset
     )
     return (y + delta).to(y.dtype)
+
+
+def lora_linear_mixed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """lora_linear, each row with the adapter of its index; with none where that is negative."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    check_mixed_arguments(
+        x, weight, lora_a, lora_b, adapter_index, bias, scaling, dropout_p, seed, dtypes=not autocast
+    )
+    y = F.linear(x, weight, bias)
+    spread = adapter_index.reshape(*adapter_index.shape, *(1,) * (x.dim() - adapter_index.dim()))
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    for i, (a, b, s) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):
+        own = spread == i
+        # Others' rows are left out before and after: zeros times what is not finite are no zeros.
+        x_own = torch.where(own, x, zero)
+        delta = lora_delta(x_own, a, b, scaling=s, dropout_p=dropout_p, seed=seed)
+        y = torch.where(own, (y + delta).to(y.dtype), y)
+    return y
 
 
 def unpacked(packed: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -96,9 +96,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     demand_unmerged(model, "switch adapters")
     for layer in layers.values():
         layer.set_adapter(adapter_name if adapter_name in layer.settings else [])
-        for name in layer.settings:
-            layer.lora_A[name].requires_grad_(name == adapter_name)
-            layer.lora_B[name].requires_grad_(name == adapter_name)
+    train_adapters(model, adapter_name)
 
 
 def merge(model: nn.Module) -> None:
@@ -126,6 +124,57 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
+
+
+@contextmanager
+def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within this context every element of a batch has its own adapter: `names[i]` the i-th one, None none.
+
+        with fused_lora.use_adapters(model, ["french", None, "german", "french"]):
+            model(**batch_of_four)
+
+    In one call of the op a layer; layers without an adapter of that name leave its rows as they are. For
+    training as for inference: gradients go to every adapter in `names` whose A and B require them
+    (`train_adapters` lets several train). Backward belongs into the context as well where activations are
+    checkpointed, since a checkpoint computes the forward again.
+
+    The first dimension of what a layer is given must be as long as `names`: generation by beams repeats each
+    element, so repeat its name as often.
+
+    Raises ValueError for an empty `names`, KeyError for a name that no layer has, RuntimeError where a layer
+    is merged, and in the model's forward ValueError for a batch of another length.
+    """
+    layers = list(_demand(model).values())
+    if isinstance(names, str):
+        raise TypeError(
+            f"names must be a sequence of names, one for each element of the batch, got {names!r}"
+        )
+    batch = tuple(names)
+    if not batch:
+        raise ValueError("names: it is empty; give a name, or None, for each element of the batch")
+    for name in dict.fromkeys(batch):
+        if name is not None:
+            _demand(model, name)
+    demand_unmerged(model, "use several adapters in one batch")
+    before = [layer._batch for layer in layers]
+    for layer in layers:
+        layer._batch = batch
+    try:
+        yield
+    finally:
+        for layer, outer in zip(layers, before, strict=True):
+            layer._batch = outer
+
+
+def train_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Lets the adapters of these names train, and no other. Which ones are active is left as it is."""
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        _demand(model, name)
+    for layer in _demand(model).values():
+        for name in layer.settings:
+            layer.lora_A[name].requires_grad_(name in names)
+            layer.lora_B[name].requires_grad_(name in names)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
