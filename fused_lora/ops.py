@@ -63,10 +63,10 @@ def lora_linear(
     Gradients go to whichever of x, weight, lora_a, lora_b and bias require them. Saved for backward: x,
     h = s · drop(x) Aᵀ (rows×rank) and the seed; never a mask, a masked or a cast copy of x.
     """
-    check_probability("lora_linear", dropout_p, "dropout_p")
     if is_sharded(weight):
         from fused_lora import shards
 
+        check_probability("lora_linear", dropout_p, "dropout_p")
         return shards.lora_linear(
             x,
             weight,
@@ -77,37 +77,44 @@ def lora_linear(
             dropout_p=dropout_p if training else 0.0,
             seed=seed,
         )
-    if training and dropout_p > 0.0:
-        seed_tensor = seed_on(x.device, seed)
-    else:
-        dropout_p, seed_tensor = 0.0, None
-    if paths.choose(x.device.type, x.device.index) == "reference":
-        if weight.dim() == 3:
-            weight = reference.unpacked(weight)
-        return reference.lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-    if torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)):
-        y: Tensor = torch.ops.fused_lora.lora_linear(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-        return y
+    seed_tensor = None
+    if dropout_p != 0.0:
+        check_probability("lora_linear", dropout_p, "dropout_p")
+        if training:
+            seed_tensor = seed_on(x.device, seed)
+        else:
+            dropout_p = 0.0
+    plain = not (torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)))
+    serving = paths.serving
+    if not (plain and x.device in serving):
+        if paths.choose(x.device.type, x.device.index) == "reference":
+            if weight.dim() == 3:
+                weight = reference.unpacked(weight)
+            return reference.lora_linear(
+                x,
+                weight,
+                lora_a,
+                lora_b,
+                bias,
+                scaling=scaling,
+                dropout_p=dropout_p,
+                seed=seed_tensor,
+                column_offset=column_offset,
+            )
+        if not plain:
+            y: Tensor = torch.ops.fused_lora.lora_linear(
+                x,
+                weight,
+                lora_a,
+                lora_b,
+                bias,
+                scaling=scaling,
+                dropout_p=dropout_p,
+                seed=seed_tensor,
+                column_offset=column_offset,
+            )
+            return y
+        serving.add(x.device)
     assert _compiled is not None
     y = _compiled.lora_linear(
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset

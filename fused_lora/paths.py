@@ -48,6 +48,9 @@ _asked = _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 _warned: set[str] = set()
 _tell_compiled(_asked)
 _cpu_level = os.environ.get(CPU_LEVEL_VARIABLE, "best")
+# Devices on which the compiled ops were found to serve by what is asked for: `choose` again for every call
+# would take 1 µs. Another set with another path or level, so that who chose before adds to the old one.
+serving: set[torch.device] = set()
 if BINARY.module is not None:
     BINARY.module.set_policy(choices.decide)
     try:
@@ -130,14 +133,18 @@ def choose(device_type: str, index: int | None = None) -> str:
 @contextmanager
 def use_path(name: str) -> Iterator[None]:
     """Within this context every call, of every thread, takes the path `name` (one of PATHS)."""
-    global _asked
-    before, _asked = _asked, _checked(name, "path")
-    _tell_compiled(_asked)
+    before = _asked
+    _ask_for(_checked(name, "path"))
     try:
         yield
     finally:
-        _asked = before
-        _tell_compiled(_asked)
+        _ask_for(before)
+
+
+def _ask_for(name: str) -> None:
+    global _asked, serving
+    _asked, serving = name, set()
+    _tell_compiled(name)
 
 
 @contextmanager
@@ -146,13 +153,18 @@ def use_cpu_level(name: str) -> Iterator[None]:
 
     Raises ValueError for another name, and where the processor does not have them.
     """
-    global _cpu_level
     if BINARY.module is None:
         raise RuntimeError(f"level {name!r} was asked for, but {BINARY.problem}")
-    BINARY.module.set_cpu_level(name)
-    before, _cpu_level = _cpu_level, name
+    before = _cpu_level
+    _ask_for_level(name)
     try:
         yield
     finally:
-        _cpu_level = before
-        BINARY.module.set_cpu_level(before)
+        _ask_for_level(before)
+
+
+def _ask_for_level(name: str) -> None:
+    global _cpu_level, serving
+    assert BINARY.module is not None
+    BINARY.module.set_cpu_level(name)
+    _cpu_level, serving = name, set()
