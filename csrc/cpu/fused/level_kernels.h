@@ -15,6 +15,7 @@
 // such a file emits for sharing would carry the level's instructions to processors without them.
 #pragma once
 
+#include "cpu/fused/outer.h"
 #include "cpu/fused/rank_down.h"
 #include "cpu/fused/rank_grad.h"
 #include "cpu/fused/streams.h"
@@ -24,7 +25,9 @@ namespace {
 
 template <bool kPairs, bool kTailPairs>
 void compute_suitably(const Product& product, const Block& block, Scratch& scratch) {
-  if (suits_rank_grad(product)) {
+  if (suits_outer<kPairs>(product)) {
+    compute_outer(product, block, scratch);
+  } else if (suits_rank_grad(product)) {
     if (product.mask == MaskOn::kRight) {
       compute_rank_grad<kPairs, true>(product, block, scratch);
     } else {

@@ -211,7 +211,9 @@ void stream_chunk(const Operand& right, const Mask& mask, const float* left, int
     }
     meet_rows<kPairs>(piece, source, sums.rows, sums.vectors(c));
   };
-  const int64_t depth = depth_of<kPairs>(order);
+  // Few columns, as those of g, rest in registers meanwhile.
+  const bool narrow = order == Order::kRows && sums.columns <= kTileColumns;
+  const int64_t depth = narrow ? kStep * kPanelUnits : depth_of<kPairs>(order);
   const int64_t full = sums.columns / kTileColumns;
   if (order == Order::kPanels) {
     for (int64_t c = 0; c < sums.columns; c += sums.width(c)) {
