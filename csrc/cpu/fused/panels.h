@@ -76,6 +76,12 @@ inline __attribute__((always_inline)) void load_down(const Operand& from, int64_
   }
 }
 
+// From a panel of so many units to the next: a unit more, since panels a multiple of a page apart
+// would push each other out of the first cache as a row is written across them.
+inline int64_t panel_floats(int64_t units) {
+  return (units + 1) * kTileColumns;
+}
+
 // Columns column .. column_end-1 of `from`, rows begin .. end-1, in panels; those that the mask
 // drops are zeros.
 template <bool kPairs>
@@ -87,8 +93,7 @@ void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column
   if (reading == Reading::kDown && mask.bits != nullptr) reading = Reading::kElements;
 
   const auto place = [&](int64_t c, int64_t unit) {
-    const int64_t panel = c / kTileColumns * kTileColumns;
-    return panels + panel * units + unit * kTileColumns + (c - panel);
+    return panels + c / kTileColumns * panel_floats(units) + unit * kTileColumns + c % kTileColumns;
   };
   const auto element_wise = [&](int64_t c, int64_t first_unit) {
     for (int64_t unit = first_unit; unit < units; ++unit) {
@@ -119,7 +124,7 @@ void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column
       for (int64_t c = 0; c < full; c += kTileColumns) {
 #pragma GCC unroll 2
         for (int v = 0; v < kTileVectors; ++v) store(out + v * kWidth, vector(row, c + v * kWidth));
-        out += kTileColumns * units;
+        out += panel_floats(units);
       }
       if (full < whole) store(out, vector(row, full));
     }

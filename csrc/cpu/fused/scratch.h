@@ -56,8 +56,8 @@ static_assert(kColumnStep % kTileColumns == 0 && kPanelRows % kTileColumns == 0,
 static_assert(kMaskColumns % (8 * kDrawnBytes) == 0, "a row of a mask is of whole draws");
 
 struct alignas(64) Scratch {
-  float panels[kUnits * kBlockColumns];
-  float tail_panels[kTailUnits * kBlockColumns];
+  float panels[(kUnits + 1) * kBlockColumns];
+  float tail_panels[(kTailUnits + 1) * kBlockColumns];
   float accumulators[kBlockRows * kBlockColumns];
   float tile[kTileRows * kTileColumns];
   float left[kTileRows * kLeftStride];

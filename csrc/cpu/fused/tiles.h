@@ -272,12 +272,12 @@ void compute_block(const Product& p, const Block& block, Scratch& scratch) {
                        place_of(p.right, begin, block.column + c) / kStep;
           tile.panel_stride = kPanelRows;
         } else {
-          tile.panel = scratch.panels + c * units;
+          tile.panel = scratch.panels + c / kTileColumns * panel_floats(units);
           tile.panel_stride = kTileColumns;
         }
         tile.units = units;
         tile.tail_left = scratch.tail_left;
-        tile.tail_panel = scratch.tail_panels + c * tail_units;
+        tile.tail_panel = scratch.tail_panels + c / kTileColumns * panel_floats(tail_units);
         tile.tail_units = tail_units;
         tile.mask = p.mask == MaskOn::kTail && tail_units > 0 ? p.drawn : none;
         tile.row = block.row + row;
