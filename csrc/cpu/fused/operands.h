@@ -120,6 +120,11 @@ inline void prefetch_far(const void* at) {
   __builtin_prefetch(at, 0, 2);
 }
 
+inline void prefetch_far(const Operand& operand, int64_t at) {
+  const int64_t size = operand.stored == DType::kBFloat16 ? 2 : 4;
+  prefetch_far(static_cast<const char*>(operand.data) + at * size);
+}
+
 // Rows row .. row+rows-1 of `from`, columns begin .. end-1, as units: to[i * stride + unit].
 template <bool kPairs>
 void copy_rows(const Operand& from, int64_t row, int64_t rows, int64_t begin, int64_t end,

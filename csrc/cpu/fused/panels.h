@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) void load_down(const Operand& from, int64_
     const int64_t at = row + column * from.column_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
-      prefetch(from, at + i * from.column_stride + ahead);
+      prefetch_far(from, at + i * from.column_stride + ahead);
       columns[i] = load_units<kPairs>(from, at + i * from.column_stride);
     }
     return;
@@ -75,6 +75,8 @@ inline __attribute__((always_inline)) void load_down(const Operand& from, int64_
     }
   }
 }
+
+constexpr int64_t kUnitsAhead = 8 * kWidth;
 
 // From a panel of so many units to the next: a unit more, since panels a multiple of a page apart
 // would push each other out of the first cache as a row is written across them.
@@ -141,17 +143,23 @@ void pack_panels(const Operand& from, int64_t begin, int64_t end, int64_t column
     });
   } else if (reading == Reading::kDown) {
     const int64_t whole_units = (end - begin) / (kStep * kWidth) * kWidth;
-    // Down the same columns next, or if it is one panel, along it.
-    const int64_t ahead = plain(from)                ? 8 * kStep * kWidth
-                          : end - begin > kPanelRows ? from.row_stride
-                                                     : 2 * kPanelRows * kTileColumns;
+    // What is read so much later: down the same columns, then down the next ones; or along a panel.
+    const int64_t next_columns = plain(from)                ? kWidth * from.column_stride
+                                 : end - begin > kPanelRows ? from.row_stride
+                                                            : 2 * kPanelRows * kTileColumns;
+    const auto ahead_of = [&](int64_t unit) {
+      if (!plain(from)) return next_columns;
+      const int64_t later = unit + kUnitsAhead;
+      const int64_t past = later < whole_units ? 0 : next_columns - kStep * whole_units;
+      return kStep * kUnitsAhead + past;
+    };
     // Less than a vector of units, such as those of a low rank.
     const bool first_units = plain(from) && (kPairs || from.stored == DType::kFloat32);
     const int64_t rest = first_units ? (end - begin) / kStep - whole_units : 0;
     for (int64_t c = 0; c < whole; c += kWidth) {
       for (int64_t unit = 0; unit < whole_units; unit += kWidth) {
         F block[kWidth];
-        load_down<kPairs>(from, begin + kStep * unit, column + c, ahead, block);
+        load_down<kPairs>(from, begin + kStep * unit, column + c, ahead_of(unit), block);
         transpose(block);
         float* out = place(c, unit);
 #pragma GCC unroll 16
