@@ -2,7 +2,7 @@
 #include "cpu/fused/lora_linear.h"
 
 #include <algorithm>
-#include <initializer_list>
+#include <array>
 #include <span>
 #include <utility>
 #include <vector>
@@ -80,42 +80,49 @@ int64_t work_of(const Product& p) {
   return p.rows * p.columns * (p.depth + p.tail_depth);
 }
 
+// A block of a product's output, and whose it is where the output is shared out evenly.
+struct Task {
+  const Product* product;
+  Block block;
+  int64_t thread;
+};
+
+// The blocks of products, a thread's after another's: so that a thread that takes a run of them has
+// its part of each product, and the same rows of what they share.
+std::vector<Task> tasks_of(std::span<const Product> products, int threads) {
+  std::vector<Task> tasks;
+  for (const Product& p : products) {
+    if (p.rows <= 0 || p.columns <= 0) continue;
+    const Cut cut = cut_for(p, is_small(work_of(p)) ? 1 : threads);
+    for (int64_t t = 0; t < cut.tasks(); ++t) {
+      const int64_t i = t / cut.column_blocks, j = t % cut.column_blocks;
+      const Block block = {i * p.rows / cut.row_blocks, (i + 1) * p.rows / cut.row_blocks,
+                           j * cut.columns, std::min(p.columns, (j + 1) * cut.columns)};
+      tasks.push_back({&p, block, (2 * t + 1) * threads / (2 * cut.tasks())});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.thread < b.thread; });
+  return tasks;
+}
+
 }  // namespace
 
 void run_products(std::span<const Product> products, const Kernels& kernels,
                   const Parallel& parallel) {
-  struct Part {
-    const Product* product;
-    Cut cut;
-    int64_t end;  // of the tasks so far
-  };
-  int64_t work = 0, tasks = 0;
-  for (const Product& product : products) work += work_of(product);
+  int64_t work = 0;
+  for (const Product& p : products) work += work_of(p);
   const bool serial = parallel.run == nullptr || parallel.threads <= 1 || is_small(work);
-  std::vector<Part> made;
-  made.reserve(products.size());
-  for (const Product& product : products) {
-    if (product.rows <= 0 || product.columns <= 0) continue;
-    const Cut cut = cut_for(product, serial || is_small(work_of(product)) ? 1 : parallel.threads);
-    tasks += cut.tasks();
-    made.push_back({&product, cut, tasks});
-  }
-  const auto body = [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(kernels.scratch_bytes);
-    auto part = made.begin();
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= part->end) ++part;
-      const Product& product = *part->product;
-      const Cut& cut = part->cut;
-      const int64_t of_product = task - (part->end - cut.tasks());
-      const int64_t i = of_product / cut.column_blocks, j = of_product % cut.column_blocks;
-      const Block block = {i * product.rows / cut.row_blocks,
-                           (i + 1) * product.rows / cut.row_blocks, j * cut.columns,
-                           std::min(product.columns, (j + 1) * cut.columns)};
-      kernels.block(product, block, scratch);
-    }
-  };
-  if (tasks > 0) run_tasks(serial ? Parallel{} : parallel, tasks, body);
+  const std::vector<Task> tasks = tasks_of(products, serial ? 1 : parallel.threads);
+  if (tasks.empty()) return;
+  run_tasks(serial ? Parallel{} : parallel, static_cast<int64_t>(tasks.size()),
+            [&](int64_t begin, int64_t end) {
+              void* scratch = thread_scratch(kernels.scratch_bytes);
+              for (int64_t i = begin; i < end; ++i) {
+                const Task& task = tasks[static_cast<size_t>(i)];
+                kernels.block(*task.product, task.block, scratch);
+              }
+            });
 }
 
 void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel) {
@@ -300,17 +307,17 @@ void run(const BackwardCall& call, Level level, const Parallel& parallel) {
   const bool masked = call.dx != nullptr || call.dlora_a != nullptr;
   const Mask drawn = masked ? drawn_mask(p, call.dropout, kernels, parallel) : Mask{};
 
+  Product g, db;
   if (call.dx != nullptr || call.dlora_a != nullptr) {
-    run_product(rank_down(p, dy, p.out_features, factor.b, call.scaling, call.g), kernels,
-                parallel);
+    g = rank_down(p, dy, p.out_features, factor.b, call.scaling, call.g);
   }
   if (call.dlora_b != nullptr) {
-    run_product(
-        rank_grad(p, call.h, dy, p.out_features, {call.dlora_b, 1, p.rank, p.adapter_dtype}),
-        kernels, parallel);
+    db = rank_grad(p, call.h, dy, p.out_features, {call.dlora_b, 1, p.rank, p.adapter_dtype});
   }
+  run_products(std::array{g, db}, kernels, parallel);
+
+  Product dx, da;
   if (call.dx != nullptr) {
-    Product dx;
     dx.rows = p.rows;
     dx.columns = p.in_features;
     dx.depth = p.out_features;
@@ -321,14 +328,13 @@ void run(const BackwardCall& call, Level level, const Parallel& parallel) {
     dx.tail_right = factor.a;
     dx.out = {call.dx, p.in_features, 1, p.dtype};
     mask(&dx, MaskOn::kTail, call.dropout, drawn);
-    run_product(dx, kernels, parallel);
   }
   if (call.dlora_a != nullptr) {
-    Product da = rank_grad(p, call.g, operand(call.x, p.dtype), p.in_features,
-                           {call.dlora_a, p.in_features, 1, p.adapter_dtype});
+    da = rank_grad(p, call.g, operand(call.x, p.dtype), p.in_features,
+                   {call.dlora_a, p.in_features, 1, p.adapter_dtype});
     mask(&da, MaskOn::kRight, call.dropout, drawn);
-    run_product(da, kernels, parallel);
   }
+  run_products(std::array{dx, da}, kernels, parallel);
 }
 
 }  // namespace fused_lora::cpu::fused
