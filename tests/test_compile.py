@@ -1,15 +1,21 @@
-"""Tracing: the op in full graphs, its fakes, checkpointing."""
+"""Tracing: the op in full graphs, and its fakes."""
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
 
-from fused_lora import LoRALinear, lora_linear
+import fused_lora
+from fused_lora import LoRALinear, LoRASettings, lora_linear
+from fused_lora.peft_layers import FusedPeftLinear
+from tests import models
 from tests.operands import BF16, DTYPES, F32, forward_and_backward, operands
+
+steady = pytest.fixture(models.steady, autouse=True)
+OP = torch.ops.fused_lora.lora_linear.default
 
 
 def op_arguments(given, requires_grad=True):
@@ -95,7 +101,11 @@ def test_full_graph_through_inductor_in_a_small_network_with_dropout():
     # In training backward must see forward's own mask: the gradient of Σy is linear in the mask, so the
     # weights of the last layer's delta tell.
     network.train()
+    torch.manual_seed(1)
     y = compiled(x)
+    assert not torch.equal(compiled(x), y)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(x), y)
     (db,) = torch.autograd.grad(y.sum(), network[2].lora_B["default"], retain_graph=True)
     hidden = network[1](network[0](x)).detach()
     b = network[2].lora_B["default"].detach()
@@ -128,42 +138,117 @@ def test_full_graph_under_autocast():
     torch.testing.assert_close(forward_and_backward(compiled, given), forward_and_backward(step, given))
 
 
-def test_export_keeps_the_op():
-    layer = LoRALinear(24, 16, r=4).eval()
-    torch.nn.init.normal_(layer.lora_B["default"])
-    x = torch.randn(5, 24)
-    program = torch.export.export(layer, (x,))
-    assert "fused_lora.lora_linear" in str(program.graph)
-    torch.testing.assert_close(program.module()(x), layer(x))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_checkpointing_draws_the_same_mask_again(use_reentrant, compiled):
-    if compiled and use_reentrant:
-        pytest.skip("torch.compile traces only non-reentrant checkpoints")
-    torch.manual_seed(0)
-    layer = LoRALinear(64, 32, r=4, dropout=0.5)
-    torch.nn.init.normal_(layer.lora_B["default"])
-    x = torch.randn(10, 64, requires_grad=True)
-
-    def forward(x):
-        return checkpoint(layer, x, use_reentrant=use_reentrant)
-
-    if compiled:
-        forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    y = forward(x)
-    (dx,) = torch.autograd.grad(y.sum(), x) if not use_reentrant else (None,)
-    if use_reentrant:
-        y.sum().backward()
-        dx = x.grad
-    # y is linear in x for a given mask: y − b = x · (∂Σy/∂x) summed, only if both used one mask.
-    torch.testing.assert_close((x * dx).sum(), (y - layer.bias).sum(), rtol=1e-4, atol=1e-3)
-
-
 def test_differentiating_a_half_by_hand_is_refused():
     given = operands()
     x = given.x.requires_grad_()
     y, _ = torch.ops.fused_lora.lora_linear_forward(x, *given.tensors[1:], 1.0, 0.0, None, False)
     with pytest.raises(RuntimeError, match="not implemented"):
         y.sum().backward()
+
+
+def adapted(kind, family):
+    """A whole model with adapters on every linear: ours, or PEFT's that run fused."""
+    model = models.tiny(family)
+    if kind == "ours":
+        fused_lora.add_lora(model, "all", r=4, dropout=0.1)
+    else:
+        config = peft.LoraConfig(
+            r=4, target_modules="all-linear", lora_dropout=0.1, fan_in_fan_out=family == "gpt2"
+        )
+        model = peft.get_peft_model(model, config)
+        fused_lora.fuse(model)
+    models.shake(model)
+    return model.train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["ours", "fused"])
+def test_a_transformers_model_is_one_graph_for_every_batch_and_length(kind, family):
+    """Eager and compiled draw the same masks where the compiler leaves torch's generator to torch."""
+    model = adapted(kind, family)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    compilations = set()
+    for rows, columns in ((2, 7), (3, 7), (5, 11), (2, 13)):
+        results = []
+        for call in (compiled, model):
+            model.zero_grad()
+            torch.manual_seed(1)
+            logits = call(**models.example(family, rows, columns))[0]
+            logits.square().mean().backward()
+            results.append((logits.detach(), gradients(model)))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        compilations.add(backend.frame_count)
+    assert len(compilations) == 1
+    targets = [node.target for node in backend.graphs[-1].graph.nodes]
+    ops = targets.count(torch.ops.fused_lora.lora_linear) + targets.count(OP)
+    assert ops == (7 if family == "llama" else 4)
+
+
+def test_a_scale_an_adapter_or_a_switch_is_compiled_once_for_each():
+    model = adapted("fused", "llama")
+    layer = next(m for m in model.modules() if isinstance(m, FusedPeftLinear))
+    layer.update_layer(
+        "other", r=2, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, config=peft.LoraConfig()
+    )
+    layer.eval()
+    x = torch.randn(4, 32)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    changes = [
+        lambda: None,
+        lambda: layer.set_scale("default", 3.0),
+        lambda: layer.set_adapter("other"),
+        lambda: layer.enable_adapters(False),
+        lambda: layer.enable_adapters(True),
+        lambda: layer.set_adapter("default"),
+        lambda: layer.set_scale("default", 1.0),
+    ]
+    for change in changes:
+        change()
+        torch.testing.assert_close(compiled(x), layer(x))
+    known = backend.frame_count
+    assert known <= len(changes)
+    for change in changes:
+        change()
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert backend.frame_count == known
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_switching_a_layers_adapters_is_followed(several):
+    layer = LoRALinear(24, 16, r=4)
+    layer.add_adapter("other", LoRASettings(2, 8))
+    for b in layer.lora_B.values():
+        torch.nn.init.normal_(b)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 24)
+    for names in ("default", ["default", "other"] if several else "other", []):
+        layer.set_adapter(names)
+        torch.testing.assert_close(compiled(x), layer(x))
+    layer.set_adapter("default")
+    layer.enabled = False
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_compiled_layer_keeps_for_backward_what_an_eager_one_keeps():
+    layer = LoRALinear(64, 32, r=4, dropout=0.5)
+    x = torch.randn(40, 64)
+
+    def kept(call):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            call(x)
+        return sum(storages.values())
+
+    layer.weight.requires_grad_(False)
+    assert kept(torch.compile(layer, fullgraph=True, backend="aot_eager")) <= kept(layer)
