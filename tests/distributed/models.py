@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fused_lora
 
@@ -50,10 +51,10 @@ def adapted_model(owner: str, dropout: float = 0.0, targets: str = "all") -> Any
     return model
 
 
-def peft_model(model: Any, dropout: float = 0.0) -> Any:
+def peft_model(model: Any, dropout: float = 0.0, targets: str | list[str] = "all-linear") -> Any:
     import peft
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
     return peft.get_peft_model(model, config)
 
 
@@ -63,7 +64,15 @@ def settle(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                write(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def write(parameter: Tensor, tensor: Tensor) -> None:
+    """Into a parameter, also one that is sharded."""
+    if isinstance(parameter, DTensor):
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    with torch.no_grad():
+        parameter.copy_(tensor)
 
 
 def batch(rank: int) -> Tensor:

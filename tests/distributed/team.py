@@ -54,7 +54,7 @@ class Team:
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    failed, value = pipe.recv()  # type: ignore[union-attr]
+                    failed, value = pipe.recv()  # type: ignore[union-attr, call-arg]
                 except EOFError:
                     failed, value = True, "the process ended"
                 if failed:
@@ -86,6 +86,7 @@ class Team:
 
 def _serve(rank: int, size: int, rendezvous: Path, pipe: Connection, environment: dict[str, str]) -> None:
     os.environ.update(environment)  # the server's may be older than what a fixture has set since
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as launchers do
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What `accelerate launch` runs: a user's script that trains a fused PEFT model by transformers' Trainer."""
+"""What `accelerate launch` runs: a script that trains tiny adapted models by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import transformers
 from torch import Tensor
 
 import fused_lora
-from tests.distributed.models import peft_model, plain_model
+from tests.distributed.models import adapted_model
+
+STEPS = 6
 
 
 class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -23,20 +25,14 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--dropout", type=float, default=0.3)
-    parser.add_argument("--batch", type=int, default=2)
-    options = parser.parse_args()
-    model = peft_model(plain_model(), options.dropout)
-    report = fused_lora.fuse(model)
+def train(directory: Path, owner: str, dropout: float, batch: int, resume: Path | None) -> None:
+    """Leaves the losses of the steps in the directory, and the trained parameters."""
+    model = adapted_model(owner, dropout)
     arguments = transformers.TrainingArguments(
-        output_dir=str(options.directory),
-        per_device_train_batch_size=options.batch,
-        max_steps=6,
-        save_steps=3,
+        output_dir=str(directory),
+        per_device_train_batch_size=batch,
+        max_steps=STEPS,
+        save_steps=STEPS // 2,
         logging_steps=1,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
@@ -46,16 +42,27 @@ def main() -> None:
         seed=5,
     )
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Sentences())
-    fused_lora.share_choices() if arguments.world_size > 1 else None
-    trainer.train(resume_from_checkpoint=str(options.resume) if options.resume else None)
+    if arguments.world_size > 1:
+        fused_lora.share_choices()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.is_world_process_zero():
-        history = {
-            "processes": arguments.world_size,
-            "fused": len(report.swapped),
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "sum": sum(p.double().abs().sum().item() for p in model.parameters() if p.requires_grad),
-        }
-        (options.directory / "history.json").write_text(json.dumps(history))
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        history = {"processes": arguments.world_size, "losses": losses}
+        (directory / "history.json").write_text(json.dumps(history))
+        torch.save([p.detach() for p in model.parameters() if p.requires_grad], directory / "trained.pt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--run", action="append", help="owner:dropout", required=True)
+    parser.add_argument("--resume", type=Path, help="the directory of an earlier launch's runs")
+    options = parser.parse_args()
+    for run in options.run:
+        owner, dropout = run.split(":")
+        halfway = options.resume / run / f"checkpoint-{STEPS // 2}" if options.resume else None
+        train(options.directory / run, owner, float(dropout), options.batch, halfway)
 
 
 if __name__ == "__main__":
