@@ -5,6 +5,10 @@
 //     g  = s · dy B                   g: M×r
 //     dx = dy W + drop'(g A)          dA = gᵀ drop(x)   dB = dyᵀ h
 //
+// Rows may have adapters of their own (common/row_adapter.h): then h and g are zero outside of a
+// row's ranks, and what one adapter or its rows hold, infinities included, reaches neither
+// another's rows nor its gradients.
+//
 // Torch-free. A call describes operands by raw pointers and int64 strides; a plan is a pure host
 // function of the call and of the device's figures; a run launches the plan's kernels on a stream,
 // without synchronisation and without an allocation, so it can be captured into a CUDA graph.

@@ -160,8 +160,8 @@ ORDERS = {"segments": in_segments, "turns": in_turn}
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_kind_serves_and_trains_each_adapter_as_though_it_were_alone(kernels, kind, order):
-    batch = Batch(RANKS, ORDERS[order](150, len(RANKS)))
-    results = call(kernels, kind, batch, 144, 136)
+    batch = Batch(RANKS, ORDERS[order](130, len(RANKS)))
+    results = call(kernels, kind, batch, 104, 72)
     assert_as_alone(kind, batch, results)
     assert_zeros_elsewhere(batch, results.forward.h)
 
@@ -171,7 +171,7 @@ def test_every_kind_serves_and_trains_each_adapter_as_though_it_were_alone(kerne
 @pytest.mark.parametrize("kind", [BF16, MASTERS, FP32], ids=lambda kind: kind.name)
 def test_plain_kernels_do_the_same(kernels, kind, layout, order):
     batch = Batch((5, 33), ORDERS[order](41, 2))
-    results = call(kernels, kind, batch, 75, 67, layout=layout)
+    results = call(kernels, kind, batch, 51, 43, layout=layout)
     assert "plain" in results.forward.run.description
     assert_as_alone(kind, batch, results)
     assert_zeros_elsewhere(batch, results.forward.h)
@@ -183,12 +183,12 @@ def test_plain_kernels_do_the_same(kernels, kind, layout, order):
 def test_few_rows_in_one_launch_do_the_same(kernels, name, rows, order):
     kind = BY_NAME[name]
     batch = Batch((8, 1, 20) if kind.adapters == torch.float32 else (8, 17, 32), ORDERS[order](rows, 3))
-    for weight in ("rows", "transposed"):
-        results = call(kernels, kind, batch, 136, 72, dropout_p=0.0, weight=weight)
-        assert results.forward.run.description.startswith(ONE_LAUNCH)
-        if rows > 1:
-            assert_as_alone(kind, batch, results)
-        assert_zeros_elsewhere(batch, results.forward.h)
+    weight = "transposed" if rows == 9 else "rows"
+    results = call(kernels, kind, batch, 136, 72, dropout_p=0.0, weight=weight)
+    assert results.forward.run.description.startswith(ONE_LAUNCH)
+    if rows > 1:
+        assert_as_alone(kind, batch, results)
+    assert_zeros_elsewhere(batch, results.forward.h)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -207,7 +207,7 @@ def test_g_and_db_by_one_read_of_dy_do_the_same(kernels, kind, rows, ranks, orde
 @pytest.mark.parametrize("layout", ["dense", "unaligned"])
 def test_no_row_needs_an_adapter(kernels, layout):
     batch = Batch(RANKS, [BASE] * 70)
-    results = call(kernels, BF16, batch, 144, 136, layout=layout)
+    results = call(kernels, BF16, batch, 72, 64, layout=layout)
     assert_as_alone(BF16, batch, results)
     assert not results.forward.h.any()
     assert not results.backward.gradients["lora_a"].any()
@@ -243,7 +243,7 @@ def test_windows_that_no_adapter_has_are_cut_to_the_ranks(kernels, rows):
 @pytest.mark.parametrize("kind", [BF16, MASTERS], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [40, 100])
 def test_one_adapter_for_all_rows_is_the_call_without_adapters_bit_for_bit(kernels, kind, rows):
-    given, dy = operands_of(case_of(kind, (rows, 144, 136), 24, dropout_p=0.0))
+    given, dy = operands_of(case_of(kind, (rows, 72, 136), 24, dropout_p=0.0))
     machine = Machine("a100")
     forward = run_forward(kernels, machine, given, kind.mode)
     backward = run_backward(kernels, machine, dy, forward.h, given, kind.mode)
@@ -254,10 +254,10 @@ def test_one_adapter_for_all_rows_is_the_call_without_adapters_bit_for_bit(kerne
 
 
 @pytest.mark.parametrize("kind", [BF16, MASTERS], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [40, 200])
+@pytest.mark.parametrize("rows", [40, 140])
 def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(kernels, kind, rows):
     batch = Batch(RANKS[:3], in_segments(rows, 3))
-    given, dy = operands_of(case_of(kind, (rows, 144, 136), batch.rank, dropout_p=0.0))
+    given, dy = operands_of(case_of(kind, (rows, 72, 136), batch.rank, dropout_p=0.0))
     sorted_rows = run(kernels, kind, batch.row_adapters(), given, dy)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(3))
     shuffled = run(kernels, kind, batch.row_adapters()[order], replace(given, x=given.x[order]), dy[order])
@@ -269,13 +269,13 @@ def test_a_row_gets_the_same_bits_whatever_rows_are_beside_it(kernels, kind, row
 # rows, ranks: few rows in one launch; by one read of dy; by two, several rank tiles; plain.
 FAMILIES = {
     "few": (BF16, 20, (8, 17), "dense"),
-    "few-masters": (MASTERS, 20, (8, 17), "dense"),
+    "few-masters": (MASTERS, 20, (8, 5), "dense"),
     "one-read": (BF16, 120, (8, 17), "dense"),
     "one-read-masters": (MASTERS, 120, (8, 5), "dense"),
-    "two-reads": (BF16, 150, (8, 9, 60), "dense"),
-    "two-reads-masters": (MASTERS, 150, (8, 9, 30), "dense"),
-    "two-reads-tf32": (TF32, 150, (8, 9, 60), "dense"),
-    "plain": (FP32, 70, (8, 17), "dense"),
+    "two-reads": (BF16, 130, (8, 9, 60), "dense"),
+    "two-reads-masters": (MASTERS, 130, (8, 9, 30), "dense"),
+    "two-reads-tf32": (TF32, 130, (8, 9, 60), "dense"),
+    "plain": (FP32, 40, (8, 17), "dense"),
     "plain-bf16": (BF16, 20, (3, 17), "unaligned"),
 }
 
@@ -304,10 +304,10 @@ def test_infinities_of_one_adapter_do_not_reach_another(kernels, name, only_b):
         "weight": "transposed" if only_b else "rows",
         "dropout_p": 0.0 if only_b or name.startswith("few") else 0.1,
     }
-    sane = call(kernels, kind, batch, 72, 136, **options)
+    sane = call(kernels, kind, batch, 72, 64, **options)
     assert (ONE_READ in sane.backward.run.description) == name.startswith(("few", "one-read"))
     assert ("plain" in sane.backward.run.description) == name.startswith("plain")
-    ill = call(kernels, kind, batch, 72, 136, spoil=spoil, **options)
+    ill = call(kernels, kind, batch, 72, 64, spoil=spoil, **options)
     healthy = torch.tensor([own != 0 for own in batch.rows])
     of_others = torch.ones(batch.rank, dtype=torch.bool)
     of_others[begin:end] = False
@@ -317,11 +317,9 @@ def test_infinities_of_one_adapter_do_not_reach_another(kernels, name, only_b):
         "lora_a": (of_others,),
         "lora_b": (slice(None), of_others),
     }.items():
-        ours, theirs = ill.tensors[what][part], sane.tensors[what][part]
+        ours, theirs = ill.tensors[what][part].double(), sane.tensors[what][part].double()
         # Summed without matrix units, in another order.
-        torch.testing.assert_close(
-            ours, theirs, rtol=2.0**-6, atol=2.0**-6, msg=lambda m, w=what: f"{w}: {m}"
-        )
+        assert (ours - theirs).norm() <= 2.0**-7 * theirs.norm(), what
     assert_zeros_elsewhere(batch, ill.forward.h)
 
     exact_y, exact = results_of(one_by_one(torch_sequence, batch), ill.given.double(), ill.dy.double())
@@ -374,6 +372,14 @@ def test_sorted_rows_cost_as_much_as_one_adapter_does(kernels, kind):
         == grad.buffers["x"].unique_read
         == given.x.numel() * given.x.element_size()
     )
+
+
+def test_rows_in_turn_read_no_adapter_that_none_of_them_uses(kernels):
+    batch = Batch((64,) * 4, [0, 3] * 40)
+    results = call(kernels, BF16, batch, 96, 64, Machine("a100", check_races=False), dropout_p=0.0)
+    down = results.forward.run.result.launches[0]
+    assert down.buffers["lora_a"].unique_read == 2 * 64 * 96 * 2
+    assert_as_alone(BF16, batch, results)
 
 
 def test_few_sorted_rows_read_of_a_and_b_what_they_use(kernels):

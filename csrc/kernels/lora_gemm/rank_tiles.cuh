@@ -15,7 +15,7 @@ class RankTiles {
  public:
   // A whole warp calls it, and every lane has the same.
   __device__ RankTiles(const Params& p, int first_row, int rows)
-      : window_(window_of_rows(p.row_adapters, first_row, rows, p.rank)) {
+      : window_(window_of_rows(p.row_adapters, first_row, rows, {0, p.rank})) {
     int next = 0;
 #pragma unroll
     for (int part = 0; part < kMostParts; ++part) {

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
   {
     const RankWindow window = window_of_rows(
         p.row_adapters, row, static_cast<int>(min(static_cast<int64_t>(Tile::kRows), p.rows - row)),
-        static_cast<int>(p.rank));
+        {0, static_cast<int>(p.rank)});
     Operand<Tile::kRows, Tile::kDepth, AdapterElements<T>> low(
         AdapterElements<T>(p.low, p.low_dtype, false),
         {p.rank, 1, row, p.rows - row, window.begin});

@@ -67,11 +67,12 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
       AdapterElements<T>(p.factor.data, p.factor_dtype, p.half),
       {p.factor.column_stride, p.factor.row_stride, column, p.rank - column, 0});
   Product<Tile> product(shared);
-  const RankWindow window = window_of_rows(
-      p.row_adapters, row, static_cast<int>(min(static_cast<int64_t>(Tile::kRows), p.rows - row)),
-      static_cast<int>(p.rank));
-  const bool used = window.overlaps(static_cast<int>(column), Tile::kColumns);
-  product.accumulate(x, factor, used ? p.columns : 0);
+  const RankWindow ranks = {static_cast<int>(column),
+                            static_cast<int>(min(column + Tile::kColumns, p.rank))};
+  const RankWindow window =
+      window_of_rows(p.row_adapters, row,
+                     static_cast<int>(min(static_cast<int64_t>(Tile::kRows), p.rows - row)), ranks);
+  product.accumulate(x, factor, window.empty() ? 0 : p.columns);
   product.add_slices();
   if (!product.holds_sums()) return;
   if (p.half) {

@@ -73,9 +73,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // The tiles of ranks that share rows of X run side by side, so that X comes from DRAM once.
   const int64_t first_row = blockIdx.x / p.rank_tiles * static_cast<int64_t>(Traits::kRows);
   const int first_rank = static_cast<int>(blockIdx.x % p.rank_tiles) * Traits::kRanks;
-  const RankWindow window = window_of_rows(
-      p.row_adapters, first_row,
-      static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row)), p.rank);
+  const RankWindow window =
+      window_of_rows(p.row_adapters, first_row,
+                     static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row)),
+                     {first_rank, min(first_rank + Traits::kRanks, p.rank)});
   const FactorSlice factor{
       p.factor, p.factor_depth_stride, p.factor_rank_stride, p.columns, window, first_rank};
 
@@ -86,9 +87,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int lane_rows =
       static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - lane_row));
   // A block whose ranks none of its rows uses has zeros to write and nothing to sum.
-  const int slices = window.overlaps(first_rank, Traits::kRanks)
-                         ? (p.columns + Traits::kSliceDepth - 1) / Traits::kSliceDepth
-                         : 0;
+  const int slices =
+      window.empty() ? 0 : (p.columns + Traits::kSliceDepth - 1) / Traits::kSliceDepth;
 
   const auto copy = [&](int slice, int stage) {
     unsigned char* const x_tile = stages + stage * Traits::kStageBytes;

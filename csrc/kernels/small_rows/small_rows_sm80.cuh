@@ -106,7 +106,7 @@ class Block {
         first_column_(static_cast<int>(blockIdx.x) * Traits::kColumns),
         tiles_((p.depth + Gemm::kDepth - 1) / Gemm::kDepth),
         window_(window_of_rows(p.row_adapters, first_row_, min(Traits::kRows, p.rows - first_row_),
-                               p.rank)) {
+                               {0, p.rank})) {
     if (is_rank_warp()) return;
     copies_.begin_rows(p.x, p.x_pitch, first_row_, p.rows);
     copies_.begin_columns(p.weight, p.weight_pitch, first_column_, p.columns);

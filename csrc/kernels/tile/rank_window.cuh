@@ -31,18 +31,19 @@ __device__ __forceinline__ float scaling_of_row(const RowAdapter* adapters, int6
   return adapters == nullptr ? 1.0f : adapters[row].scaling;
 }
 
-// From the first to the last rank that any of `rows` rows uses. A whole warp calls it, and every
-// lane has the answer.
+// From the first to the last of the ranks `within` that any of `rows` rows uses. A whole warp calls
+// it, and every lane has the answer.
 __device__ __forceinline__ RankWindow window_of_rows(const RowAdapter* adapters, int64_t first_row,
-                                                     int rows, int rank) {
-  if (adapters == nullptr) return {0, rank};
+                                                     int rows, const RankWindow& within) {
+  if (adapters == nullptr) return within;
   constexpr uint32_t kWarp = 0xffffffffu;
-  RankWindow all = {rank, 0};
+  RankWindow all = {within.end, within.begin};
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x) % 32; i < rows; i += 32) {
-    const RankWindow row = window_of_row(adapters, first_row + i, rank);
-    if (row.empty()) continue;
-    all.begin = min(all.begin, row.begin);
+    const RankWindow row = window_of_row(adapters, first_row + i, within.end);
+    const int begin = max(row.begin, within.begin);
+    if (begin >= row.end) continue;
+    all.begin = min(all.begin, begin);
     all.end = max(all.end, row.end);
   }
   return {__reduce_min_sync(kWarp, all.begin), __reduce_max_sync(kWarp, all.end)};
