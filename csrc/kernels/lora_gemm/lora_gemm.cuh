@@ -9,7 +9,8 @@
 // To the main loop the rank is more tiles of the reduction, read through another pair of pointers.
 // They come first: the mask of backward multiplies the accumulators between them and X's tiles. The
 // low-rank operands are zero-padded to whole tiles (stages.h), so that they need no edge of their
-// own.
+// own. Where rows have adapters of their own (row_adapters), a CTA multiplies the tiles that hold a
+// rank of its rows (rank_tiles.cuh).
 //
 // Layouts. X and low: rows, depth contiguous. W and factor: columns × depth with the depth
 // contiguous (nn.Linear forward, Conv1D backward), or depth × columns (nn.Linear backward, Conv1D
