@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -12,16 +13,21 @@ _made: dict[tuple[tuple[str | None, ...], tuple[str, ...], torch.device], Tensor
 _MOST = 64
 
 
-def present(names: Iterable[str | None], known: Iterable[str]) -> tuple[str, ...]:
+def present(names: tuple[str | None, ...], known: Container[str]) -> tuple[str, ...]:
     """Each name once, in order, of those that are known."""
-    return tuple(name for name in dict.fromkeys(names) if name is not None and name in known)
+    return tuple([name for name in _each_once(names) if name in known])
 
 
-def adapter_index(names: Sequence[str | None], adapters: tuple[str, ...], device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=_MOST)
+def _each_once(names: tuple[str | None, ...]) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys(names) if name is not None)
+
+
+def adapter_index(names: tuple[str | None, ...], adapters: tuple[str, ...], device: torch.device) -> Tensor:
     """For every name its place in `adapters`, or -1. Made once for the layers that ask alike."""
     if torch.compiler.is_compiling():
         return _make(names, adapters, device)
-    key = (tuple(names), adapters, device)
+    key = (names, adapters, device)
     index = _made.get(key)
     if index is None:
         index = _make(names, adapters, device)
@@ -32,7 +38,7 @@ def adapter_index(names: Sequence[str | None], adapters: tuple[str, ...], device
     return index
 
 
-def _make(names: Sequence[str | None], adapters: tuple[str, ...], device: torch.device) -> Tensor:
+def _make(names: tuple[str | None, ...], adapters: tuple[str, ...], device: torch.device) -> Tensor:
     places = {name: place for place, name in enumerate(adapters)}
     numbers = [-1 if name is None else places.get(name, -1) for name in names]
     with torch.inference_mode(False):  # so that autograd may save it later

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +31,12 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
-        if names is not None and not args and len(kwargs) == 1:
-            self._check_forward_args(x, adapter_names=names)
-            mixed = self._fusible_mixture(names)
+        # What does not fit raises in PEFT's own forward.
+        if names is not None and not args and len(kwargs) == 1 and len(names) == len(x):
+            batch = tuple(names)
+            mixed = self._fusible_mixture(batch)
             if mixed:
-                return self._forward_mixed(x, names, mixed)
+                return self._forward_mixed(x, batch, mixed)
         name = self._fusible_adapter()
         if args or kwargs or name is None:
             y: Tensor = super().forward(x, *args, **kwargs)
@@ -53,7 +53,7 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
             training=dropout.training,
         )
 
-    def _forward_mixed(self, x: Tensor, names: Sequence[str], mixed: tuple[str, ...]) -> Tensor:
+    def _forward_mixed(self, x: Tensor, names: tuple[str, ...], mixed: tuple[str, ...]) -> Tensor:
         base = _part(self, "base_layer")
         lora_a, lora_b = _part(self, "lora_A")._modules, _part(self, "lora_B")._modules
         return lora_linear_mixed(
@@ -100,21 +100,22 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
         reason = adapter_obstacle(self, name) or parameters_obstacle(self, name)
         return name if reason is None else None
 
-    def _fusible_mixture(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _fusible_mixture(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The adapters that a batch uses here, where the fused op computes what PEFT would; else none."""
         base = _part(self, "base_layer")
         if self.disable_adapters or self.merged or base_obstacle(base) or is_sharded(held_weight(base)):
             return ()
-        parts = _part(self, "lora_A")._modules
-        mixed = present(names, parts)
+        lora_a, dropouts = _part(self, "lora_A")._modules, _part(self, "lora_dropout")._modules
+        mixed = present(names, lora_a)
         dtypes = set()
         for name in mixed:
             # PEFT draws a mask for each adapter's rows, if one were to train so.
-            dropout = _part(_part(self, "lora_dropout"), name)
-            drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0.0
-            if drops or adapter_obstacle(self, name) or parameters_obstacle(self, name):
+            dropout = dropouts[name]
+            if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0:
                 return ()
-            dtypes.add(held_weight(_part(_part(self, "lora_A"), name)).dtype)
+            if adapter_obstacle(self, name) or parameters_obstacle(self, name):
+                return ()
+            dtypes.add(held_weight(lora_a[name]).dtype)  # type: ignore[arg-type]
         return mixed if len(dtypes) == 1 else ()
 
 
@@ -190,7 +191,7 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
-    if any(_has_hooks(module) for module in (lora_a, lora_b, dropout)):
+    if _has_hooks(lora_a) or _has_hooks(lora_b) or _has_hooks(dropout):
         return f"adapter {name!r} has hooks"
     return None
 
@@ -221,8 +222,12 @@ def _part(module: nn.Module, name: str) -> nn.Module:
 
 def _adapter(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     """An adapter's A, B and dropout."""
-    a, b, dropout = (_part(_part(layer, part), name) for part in ("lora_A", "lora_B", "lora_dropout"))
-    return a, b, dropout
+    parts = layer._modules
+    return (
+        parts["lora_A"]._modules[name],  # type: ignore[union-attr, return-value]
+        parts["lora_B"]._modules[name],  # type: ignore[union-attr]
+        parts["lora_dropout"]._modules[name],  # type: ignore[union-attr]
+    )
 
 
 def _operand(base: nn.Module) -> Tensor:

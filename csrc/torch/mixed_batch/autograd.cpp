@@ -131,6 +131,11 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, at::TensorList lora_
   TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
                     "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
                     "train it");
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return below_autograd(x, weight, lora_a, lora_b, adapter_index, bias, scaling, dropout_p, seed,
+                          round_adapters);
+  }
   return MixedFunction::apply(x, weight, lora_a, lora_b, bias, adapter_index, seed, scaling.vec(),
                               dropout_p, round_adapters);
 }
