@@ -51,6 +51,16 @@ def test_use_path_ends_with_its_context_and_reaches_other_threads():
     assert paths.choose("cpu") == "auto"
 
 
+def test_a_device_that_was_served_before_follows_another_path():
+    def calls() -> int:
+        return calls_of_the_op(lambda: lora_linear(*operands().tensors))
+
+    assert calls() == 1
+    with fused_lora.use_path("reference"):
+        assert calls() == 0
+    assert calls() == 1
+
+
 def test_an_unknown_path_is_an_error():
     message = "path must be one of auto, fused, composed, reference, got 'fast'"
     with pytest.raises(ValueError, match=message), fused_lora.use_path("fast"):
