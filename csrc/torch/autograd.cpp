@@ -58,6 +58,10 @@ bool within_torch_func() {
 struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd may look inside
 
+  static constexpr auto *kScaling = "scaling", *kDropout = "dropout_p";
+  static constexpr auto *kHasBias = "has_bias", *kRounds = "round_adapters";
+  static constexpr auto* kColumnOffset = "column_offset";
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& bias,
                         const OptionalTensor& seed, double scaling, double dropout_p,
@@ -69,11 +73,12 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     const bool trains = trains_b || lora_a.requires_grad() || weight.requires_grad();
     ctx->save_for_backward({trains ? x : Tensor(), weight, lora_a, lora_b, trains_b ? h : Tensor(),
                             seed.value_or(Tensor())});
-    ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["round_adapters"] = round_adapters;
-    ctx->saved_data["column_offset"] = column_offset;
+    // Entries cost time, so what is off has none.
+    ctx->saved_data[kScaling] = scaling;
+    if (dropout_p > 0.0) ctx->saved_data[kDropout] = dropout_p;
+    if (bias) ctx->saved_data[kHasBias] = true;
+    if (round_adapters) ctx->saved_data[kRounds] = true;
+    if (column_offset != 0) ctx->saved_data[kColumnOffset] = column_offset;
     return y;
   }
 
@@ -84,11 +89,14 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     };
     const OptionalTensor x = optional(saved[0]), h = optional(saved[4]), seed = optional(saved[5]);
     const Tensor &weight = saved[1], &lora_a = saved[2], &lora_b = saved[3];
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    const double scaling = ctx->saved_data["scaling"].toDouble();
-    const double dropout_p = ctx->saved_data["dropout_p"].toDouble();
-    const bool round_adapters = ctx->saved_data["round_adapters"].toBool();
-    const int64_t column_offset = ctx->saved_data["column_offset"].toInt();
+    const auto& data = ctx->saved_data;
+    const double scaling = data.at(kScaling).toDouble();
+    const auto dropout = data.find(kDropout);
+    const double dropout_p = dropout == data.end() ? 0.0 : dropout->second.toDouble();
+    const bool has_bias = data.count(kHasBias) > 0;
+    const bool round_adapters = data.count(kRounds) > 0;
+    const auto offset = data.find(kColumnOffset);
+    const int64_t column_offset = offset == data.end() ? 0 : offset->second.toInt();
     const composed::Needed needed = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      ctx->needs_input_grad(2), ctx->needs_input_grad(3),
                                      has_bias && ctx->needs_input_grad(4)};

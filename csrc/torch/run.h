@@ -6,13 +6,13 @@
 //     Backend(on)                     for a call on the tensor `on`, under a guard for its device
 //     obstacle(rows)                  why the kernels cannot serve a long operand; "" where they do
 //     view, problem, dropout, mask    what descriptions are filled with
+//     empty(sizes, like, dtype)       memory of torch's allocator, on the device of a tensor
 //     complete(shape)                 adds to a class what else a choice depends on
 //     presumed_faster(call), capturing(), time(fused, composed), launch(call)
 #pragma once
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
@@ -141,8 +141,9 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
   void allocate() override {
     if (y_.defined()) return;
     const auto low = composed::rank_dtype(x_, p_.lora_a, p_.round_adapters);
-    y_ = at::empty(composed::with_last_size(on_, out_features(p_.weight)), x_.options());
-    h_ = at::empty({x_.size(0), p_.lora_a.size(0)}, x_.options().dtype(low));
+    y_ = Backend::empty(composed::with_last_size(on_, out_features(p_.weight)), x_,
+                        x_.scalar_type());
+    h_ = Backend::empty({x_.size(0), p_.lora_a.size(0)}, x_, low);
     call_.y = y_.mutable_data_ptr();
     call_.h = h_.mutable_data_ptr();
   }
@@ -208,7 +209,7 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
     if (allocated_) return;
     allocated_ = true;
     const auto dense = [](at::IntArrayRef sizes, const at::Tensor& like) {
-      return at::empty(sizes, like.options());
+      return Backend::empty(sizes, like, like.scalar_type());
     };
     if (needs_x()) dx_ = dense(composed::with_last_size(on_, in_features(p_.weight)), dy_);
     if (needs_a()) dlora_a_ = dense(p_.lora_a.sizes(), p_.lora_a);

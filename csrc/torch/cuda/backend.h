@@ -38,6 +38,9 @@ class Backend {
     return cuda::dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
   }
 
+  static at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType dtype) {
+    return at::empty(sizes, like.options().dtype(dtype));
+  }
   static void complete(ShapeClass& /*shape*/) {}
   bool capturing() const { return is_capturing(stream_); }
   Times time(const std::function<void()>& fused, const std::function<void()>& composed) const {
