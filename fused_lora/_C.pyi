@@ -27,6 +27,17 @@ def lora_linear_mixed(
     seed: Tensor | None,
     round_adapters: bool,
 ) -> Tensor: ...
+def lora_linear_grouped(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_p: Sequence[float],
+    seeds: Sequence[Tensor | None],
+    round_adapters: bool,
+) -> list[Tensor]: ...
 def set_path(name: str) -> None: ...
 def clear_cast_cache() -> None: ...
 def build_facts() -> dict[str, str]: ...

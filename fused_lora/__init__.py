@@ -7,11 +7,19 @@ from fused_lora.binary import FusedLoRAWarning
 from fused_lora.choices import share_choices
 from fused_lora.explanation import explain
 from fused_lora.files import AdapterFileError, load_adapter, save_adapter
+from fused_lora.grouped import use_groups
+from fused_lora.grouping import group, groups, ungroup
 from fused_lora.layer import LoRALinear, LoRASettings
-from fused_lora.ops import clear_cast_cache, dropout_mask, lora_linear, lora_linear_mixed
+from fused_lora.ops import (
+    clear_cast_cache,
+    dropout_mask,
+    lora_linear,
+    lora_linear_grouped,
+    lora_linear_mixed,
+)
 from fused_lora.packing import pack, unpack
 from fused_lora.paths import use_cpu_level, use_path
-from fused_lora.report import PackReport, Report
+from fused_lora.report import GroupReport, PackReport, Report
 from fused_lora.swap import (
     add_lora,
     disabled,
@@ -26,6 +34,7 @@ from fused_lora.swap import (
 __all__ = [
     "AdapterFileError",
     "FusedLoRAWarning",
+    "GroupReport",
     "LoRALinear",
     "LoRASettings",
     "PackReport",
@@ -37,8 +46,11 @@ __all__ = [
     "dropout_mask",
     "explain",
     "fuse",
+    "group",
+    "groups",
     "load_adapter",
     "lora_linear",
+    "lora_linear_grouped",
     "lora_linear_mixed",
     "merge",
     "pack",
@@ -48,10 +60,12 @@ __all__ = [
     "share_choices",
     "train_adapters",
     "unfuse",
+    "ungroup",
     "unmerge",
     "unpack",
     "use_adapters",
     "use_cpu_level",
+    "use_groups",
     "use_path",
 ]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.grouping import set_grouped
 from fused_lora.layer import LoRALinear, LoRASettings, check_adapter, linear_features, obstacle
 from fused_lora.ops import is_sharded
 from fused_lora.swap import demand_unmerged, freeze, lora_layers, set_adapter
@@ -82,6 +83,7 @@ def load_adapter(
     *,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
+    grouped: bool = True,
 ) -> list[str]:
     """Puts an adapter from PEFT's files on `model`, in place, and makes it the active one.
 
@@ -90,6 +92,7 @@ def load_adapter(
     Args:
         trainable: whether the adapter's matrices train.
         dtype: of the matrices in memory; by default as `add_lora` chooses it.
+        grouped: compute layers that share an input together (fused_lora.group).
 
     Returns the paths of the layers that carry it. Raises AdapterFileError, before anything is changed,
     where the files are missing or damaged, ask for what is not supported, or do not fit the model.
@@ -112,6 +115,7 @@ def load_adapter(
         if adapter_name in layer.settings:
             layer.lora_A[adapter_name].requires_grad_(trainable)
             layer.lora_B[adapter_name].requires_grad_(trainable)
+    set_grouped(model, grouped)
     return list(plan)
 
 

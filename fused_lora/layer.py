@@ -16,6 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
 from fused_lora.gathered import autocast_copy, is_gathered
+from fused_lora.grouped import GROUP, Groupable, Operands, compute
 from fused_lora.mixed_batch import adapter_index, present
 from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed, seed_on
 from fused_lora.packed import (
@@ -64,7 +65,7 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-class LoRALinear(nn.Linear, PacksWeight):
+class LoRALinear(nn.Linear, PacksWeight, Groupable):
     """nn.Linear plus the sum of its active adapters: y = x Wᵀ + b + Σ s·B(A·drop(x)).
 
     weight and bias are nn.Linear's own, under the same names; adapters hold lora_A[name] (r×in_features)
@@ -155,6 +156,7 @@ class LoRALinear(nn.Linear, PacksWeight):
             del self._modules[name]
         if self.fan_in_fan_out:
             del self.in_features, self.out_features
+        self.__dict__.pop(GROUP, None)
         base_class = self._base_class
         for name in (
             *("settings", "_active", "_enabled", "_batch", "_unmerged_weight", "_base_class"),
@@ -314,6 +316,10 @@ class LoRALinear(nn.Linear, PacksWeight):
         if state["_unmerged_weight"] is not None or not state["_enabled"] or not active:
             y: Tensor = self._base_class.forward(self, x)
             return y
+        if GROUP in state:
+            operands = self.operands()
+            if operands is not None:
+                return compute(self, x, operands)
         parameters, modules = state["_parameters"], state["_modules"]
         weight = self._operand()
         # Not by get, which would look self.bias up every time.
@@ -393,6 +399,27 @@ class LoRALinear(nn.Linear, PacksWeight):
             )
             y = y.index_add(0, own, delta.to(y.dtype))
         return y
+
+    # Groupable
+
+    def operands(self) -> Operands | None:
+        if self._unmerged_weight is not None or not self._enabled or len(self._active) != 1:
+            return None
+        weight = held_weight(self)
+        if self._batch is not None or is_sharded(weight) or is_gathered(self):
+            return None
+        (name,) = self._active
+        settings = self.settings[name]
+        modules = self._modules
+        return Operands(
+            weight,
+            self.fan_in_fan_out,
+            modules["lora_A"]._parameters[name],  # type: ignore[union-attr, arg-type]
+            modules["lora_B"]._parameters[name],  # type: ignore[union-attr, arg-type]
+            self._parameters["bias"],
+            settings.scaling,
+            settings.dropout if self.training else 0.0,
+        )
 
     def _drops_apart(self) -> bool:
         """Whether several adapters are active, and each draws a mask of its own."""
@@ -523,12 +550,6 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     out_features, in_features = weight_of(module).shape
     return in_features, out_features
-
-
-def operand_of(module: nn.Module) -> Tensor:
-    """A plain linear's weight as the op takes it: packed where it is, else as `weight_of` has it."""
-    weight = held_weight(module)
-    return weight.t() if weight.dim() == 2 and stores_transposed(type(module)) else weight
 
 
 def weight_of(module: nn.Module) -> Tensor:

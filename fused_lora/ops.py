@@ -193,6 +193,80 @@ def lora_linear_mixed(
     return y
 
 
+def lora_linear_grouped(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    scalings: Sequence[float],
+    dropout_p: Sequence[float] | None = None,
+    training: bool = True,
+    seeds: Sequence[Tensor | int | None] | None = None,
+) -> list[Tensor]:
+    """`lora_linear` of several projections of one x (query, key and value; gate and up), in one call.
+
+    x is read once for all their products with A and saved once, and backward adds up one gradient of it. In
+    16 bits each addition rounds, as autograd's own sum of the projections' gradients does.
+
+    Args:
+        weights, lora_a, lora_b, biases, scalings, dropout_p, seeds: one entry for each projection, as
+            `lora_linear` takes it. Ranks and out_features may differ; lora_a's dtype may not. Each projection
+            drops out by a mask of its own.
+
+    Returns:
+        One output for each projection.
+
+    Raises what `lora_linear` raises, and ValueError for lists of different lengths. A backward frees what
+    was saved for all projections, whichever of their outputs it comes from.
+    """
+    count = len(weights)
+    biases = [None] * count if biases is None else biases
+    dropout_p = [0.0] * count if dropout_p is None else dropout_p
+    seeds = [None] * count if seeds is None else seeds
+    for name, entries in (
+        *(("lora_a", lora_a), ("lora_b", lora_b), ("biases", biases)),
+        *(("scalings", scalings), ("dropout_p", dropout_p), ("seeds", seeds)),
+    ):
+        if len(entries) != count:
+            raise ValueError(
+                f"lora_linear_grouped: {name} must have {count} {'entry' if count == 1 else 'entries'} "
+                f"(as weights), got {len(entries)}"
+            )
+    if count == 0:
+        raise ValueError("lora_linear_grouped: weights must not be empty")
+    for p in dropout_p:
+        check_probability("lora_linear_grouped", p, "dropout_p")
+    ps = [p if training else 0.0 for p in dropout_p]
+    drawn = [seed_on(x.device, seed) if p > 0.0 else None for p, seed in zip(ps, seeds, strict=True)]
+    if paths.choose(x.device.type, x.device.index) == "reference":
+        for i, a in enumerate(lora_a):
+            if a.dtype != lora_a[0].dtype:
+                wanted = f"{lora_a[0].dtype} (as lora_a[0])"
+                raise TypeError(f"lora_linear_grouped: lora_a[{i}] must be {wanted}, got {a.dtype}")
+        each = zip(weights, lora_a, lora_b, biases, scalings, ps, drawn, strict=True)
+        return [
+            reference.lora_linear(
+                x,
+                reference.unpacked(weight) if weight.dim() == 3 else weight,
+                *(a, b, bias),
+                scaling=scaling,
+                dropout_p=p,
+                seed=seed,
+            )
+            for weight, a, b, bias, scaling, p, seed in each
+        ]
+    if torch.compiler.is_compiling() or has_torch_function((x, *weights, *lora_a, *lora_b)):
+        ys: list[Tensor] = torch.ops.fused_lora.lora_linear_grouped(
+            x, weights, lora_a, lora_b, biases, scalings=scalings, dropout_p=ps, seeds=drawn
+        )
+        return ys
+    assert _compiled is not None
+    ys = _compiled.lora_linear_grouped(x, weights, lora_a, lora_b, biases, scalings, ps, drawn, False)
+    return ys
+
+
 def is_sharded(weight: Tensor) -> bool:
     """Whether it is a DTensor. Who has none is spared the import of torch.distributed.tensor."""
     if type(weight) is nn.Parameter or type(weight) is Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_lora import paths
 from fused_lora.binary import BINARY
+from fused_lora.grouped import conclude
 from fused_lora.packed import (
     WEIGHT,
     PacksWeight,
@@ -44,6 +45,7 @@ def pack(model: nn.Module) -> PackReport:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PacksWeight)}
     if not layers:
         raise ValueError("model: no layer of it runs fused; add_lora, or fuse for a PEFT model, makes them")
+    conclude()  # what is held for a layer refers to its weight
     report = PackReport()
     owners = _owners(model)
     problem = paths.obstacle("fused", "cpu")

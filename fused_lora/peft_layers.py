@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.gathered import autocast_copy, is_gathered
+from fused_lora.grouped import GROUP, Groupable, Operands, compute, has_hooks
+from fused_lora.grouping import set_grouped, ungroup
 from fused_lora.layer import PLAIN_PARAMETERS, linear_obstacle, operand_of, stores_transposed
 from fused_lora.mixed_batch import adapter_index, present
 from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed
@@ -24,7 +26,7 @@ except ImportError as error:
     ) from error
 
 
-class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
+class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
     """peft.tuners.lora.Linear with one fused call for the cases that are trained and served most: one active
     plain adapter, neither merged nor disabled; and in a batch of adapter_names several such ones. In every
     other state PEFT's own forward runs."""
@@ -41,6 +43,10 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
         if args or kwargs or name is None:
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
+        if GROUP in self.__dict__:
+            operands = self._operands_of(name)
+            if operands is not None:
+                return compute(self, x, operands)
         base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
         return lora_linear(
             x,
@@ -51,6 +57,25 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
             scaling=self.scaling[name],
             dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
             training=dropout.training,
+        )
+
+    def operands(self) -> Operands | None:
+        name = self._fusible_adapter()
+        return None if name is None else self._operands_of(name)
+
+    def _operands_of(self, name: str) -> Operands | None:
+        base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
+        weight = held_weight(base)
+        if is_sharded(weight) or is_gathered(base):
+            return None
+        return Operands(
+            weight,
+            stores_transposed(type(base)),
+            lora_a._parameters["weight"],  # type: ignore[arg-type]
+            lora_b._parameters["weight"],  # type: ignore[arg-type]
+            base._parameters["bias"],
+            self.scaling[name],
+            dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
     def _forward_mixed(self, x: Tensor, names: tuple[str, ...], mixed: tuple[str, ...]) -> Tensor:
@@ -119,11 +144,12 @@ class FusedPeftLinear(PeftLinear, PacksWeight):  # type: ignore[misc]
         return mixed if len(dtypes) == 1 else ()
 
 
-def fuse(model: nn.Module) -> Report:
+def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
     """Makes the LoRA layers of a PEFT model fused, in place: keys, files and PEFT's methods stay.
 
     Layers that are not covered keep PEFT's own forward and stand in the report with the reason. Layers
-    that PEFT adds later are plain until `fuse` is called again. Raises ValueError for a model without
+    that PEFT adds later are plain until `fuse` is called again. grouped: compute layers that share an input
+    together (fused_lora.group). Raises ValueError for a model without
     LoRA layers. `unfuse` undoes it.
     """
     report = Report("fused PEFT layers")
@@ -139,11 +165,13 @@ def fuse(model: nn.Module) -> Report:
         size = sum(p.numel() for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
         report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
     report.count_parameters(model)
+    report.groups = set_grouped(model, grouped)
     return report
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every fused layer its own class back. Returns `model`."""
+    ungroup(model)
     for module in model.modules():
         if isinstance(module, FusedPeftLinear):
             module._weight_changed()  # from here on PEFT may merge unseen
@@ -171,7 +199,7 @@ def layer_obstacle(layer: Any) -> str | None:
 
 def base_obstacle(base: nn.Module) -> str | None:
     """Why a base layer's own forward must run; None where the fused op may stand for it."""
-    return linear_obstacle(base) or ("it has hooks" if _has_hooks(base) else None)
+    return linear_obstacle(base) or ("it has hooks" if has_hooks(base) else None)
 
 
 def adapter_obstacle(layer: Any, name: str) -> str | None:
@@ -191,7 +219,7 @@ def adapter_obstacle(layer: Any, name: str) -> str | None:
         return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
     if not isinstance(layer.scaling[name], (int, float)):
         return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
-    if _has_hooks(lora_a) or _has_hooks(lora_b) or _has_hooks(dropout):
+    if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
         return f"adapter {name!r} has hooks"
     return None
 
@@ -234,14 +262,3 @@ def _operand(base: nn.Module) -> Tensor:
     """The base layer's weight as the op takes it."""
     weight = operand_of(base)
     return autocast_copy(weight) if is_gathered(base) else weight
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    state = module.__dict__
-    return bool(
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )

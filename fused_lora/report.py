@@ -50,12 +50,28 @@ class PackReport:
 
 
 @dataclass
+class GroupReport:
+    """Which layers share their input and are computed together, and which are not any more. print() it."""
+
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    apart: list[Skipped] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = _grouped(self.groups)
+        if self.apart:
+            lines.append(f"{len(self.apart)} computed by themselves")
+            lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.apart)
+        return "\n".join(lines)
+
+
+@dataclass
 class Report:
     """What was swapped, what was not and why, and what trains. print() it."""
 
     title: str
     swapped: list[Swapped] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    groups: list[tuple[str, ...]] = field(default_factory=list)  # the names of layers that share an input
     trained: int = 0
     total: int = 0
 
@@ -77,6 +93,8 @@ class Report:
             counts[kind] += 1
             sizes[kind] += s.adapter_parameters
         lines += [f"  {n} × {kind}, {sizes[kind]:,} adapter parameters" for kind, n in counts.items()]
+        if self.groups:
+            lines += _grouped(self.groups)
         if self.skipped:
             lines.append(f"{len(self.skipped)} left as they are")
             lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.skipped)
@@ -88,3 +106,17 @@ class Report:
 
 def _counted(lines: Iterable[str]) -> list[str]:
     return [f"  {n} × {line}" for line, n in Counter(lines).items()]
+
+
+def _grouped(groups: list[tuple[str, ...]]) -> list[str]:
+    layers = sum(map(len, groups))
+    return [
+        f"{layers} share an input with others, in {len(groups)} group{'s' if len(groups) != 1 else ''}",
+        *_counted(map(_siblings, groups)),
+    ]
+
+
+def _siblings(names: tuple[str, ...]) -> str:
+    parents, _, _ = names[0].rpartition(".")
+    own = " + ".join(name.rpartition(".")[2] for name in names)
+    return f"{collapsed(parents)}: {own}" if parents else own

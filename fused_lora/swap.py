@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fused_lora.grouping import set_grouped, ungroup
 from fused_lora.layer import LoRALinear, LoRASettings, check_adapter
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Targets, select
@@ -26,6 +27,7 @@ def add_lora(
     rslora: bool = False,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    grouped: bool = True,
 ) -> Report:
     """Freezes `model` and puts an adapter on every linear that `targets` names, in place.
 
@@ -36,6 +38,7 @@ def add_lora(
         adapter_name: a second call with another name adds another adapter, which becomes the only one
             that is active and trains; with the same name and other targets it extends the first.
         dtype: of A and B; by default float32 for 16-bit weights, else the weight's own.
+        grouped: compute layers that share an input together (fused_lora.group).
 
     Returns a Report; print it. Raises ValueError for targets that name nothing, before anything changed.
     The layers are changed in place (LoRALinear.adopt): hooks, ties and references to them stay valid.
@@ -58,6 +61,7 @@ def add_lora(
         report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
     set_adapter(model, adapter_name)
     report.count_parameters(model)
+    report.groups = set_grouped(model, grouped)
     return report
 
 
@@ -73,6 +77,7 @@ def remove_lora(model: nn.Module, *, merge: bool = False) -> nn.Module:
         _merge_all(layer for layer in layers.values() if not layer.merged)
     else:
         unmerge(model)
+    ungroup(model)
     for layer in layers.values():
         layer.release()
     # Each call of add_lora left its note on the model, or the part of it, that it was given.

@@ -1,6 +1,7 @@
 #include "composed/composed.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -10,15 +11,19 @@
 namespace fused_lora::composed {
 namespace {
 
-// α · rows · factorᵀ, a long operand against a thin one. factor: r×C. Returns M×r.
-at::Tensor rank_down(const Rows& rows, const at::Tensor& factor, double alpha) {
-  at::Tensor out = at::empty({rows.count(), factor.size(0)}, factor.options());
+// out = α · rows · factorᵀ, a long operand against a thin one. factor: r×C, out: M×r.
+void rank_down(const Rows& rows, const at::Tensor& factor, double alpha, at::Tensor out) {
   const at::Tensor transposed = factor.t();
   const auto block = [&](int64_t row, int64_t n) {
     at::Tensor part = n == rows.count() ? out : out.narrow(0, row, n);
     at::addmm_out(part, part, rows.block(row, n), transposed, /*beta=*/0, alpha * rows.scale());
   };
   for_each_row_block(rows.device(), rows.count(), rows.columns(), rows.as_it_lies(), block);
+}
+
+at::Tensor rank_down(const Rows& rows, const at::Tensor& factor, double alpha) {
+  at::Tensor out = at::empty({rows.count(), factor.size(0)}, factor.options());
+  rank_down(rows, factor, alpha, out);
   return out;
 }
 
@@ -75,10 +80,40 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   return {x.dim() == 2 ? y : y.view(with_last_size(x, weight.size(0))), h};
 }
 
+std::tuple<std::vector<at::Tensor>, at::Tensor> forward(const at::Tensor& rows,
+                                                        const std::vector<Projection>& projections,
+                                                        bool round_adapters) {
+  const Projection& first = projections.front();
+  const auto low = rank_dtype(rows, first.lora_a, round_adapters);
+  int64_t ranks = 0;
+  bool alike = true;
+  std::vector<at::Tensor> stacked;
+  for (const Projection& p : projections) {
+    ranks += p.lora_a.size(0);
+    alike = alike && p.scaling == first.scaling && !p.dropout.active();
+    stacked.push_back(p.lora_a.to(low));
+  }
+  at::Tensor h = at::empty({rows.size(0), ranks}, rows.options().dtype(low));
+  if (alike) rank_down(Rows(rows, low), at::cat(stacked), first.scaling, h);
+
+  std::vector<at::Tensor> ys;
+  int64_t column = 0;
+  for (size_t i = 0; i < projections.size(); ++i) {
+    const Projection& p = projections[i];
+    const at::Tensor part = h.narrow(1, column, p.lora_a.size(0));
+    if (!alike) rank_down(Rows(rows, low, &p.dropout), stacked[i], p.scaling, part);
+    const at::Tensor transposed = p.weight.t();
+    ys.push_back(p.bias ? at::addmm(*p.bias, rows, transposed) : at::mm(rows, transposed));
+    accumulate_rank_up(ys.back(), part, p.lora_b.to(low).t());
+    column += p.lora_a.size(0);
+  }
+  return {std::move(ys), h};
+}
+
 Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
                    const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
-                   bool round_adapters, const Needed& needed) {
+                   bool round_adapters, const Needed& needed, const at::Tensor& dx_sum) {
   const auto low = rank_dtype(dy, lora_a, round_adapters);
   const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
   const at::Tensor dy_rows = as_matrix(dy);
@@ -90,7 +125,7 @@ Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
     g = rank_down(Rows(dy_rows, low), lora_b.to(low).t(), scaling);
   }
   if (needs_x) {
-    dx = at::mm(dy_rows, weight);
+    dx = dx_sum.defined() ? as_matrix(dx_sum).addmm_(dy_rows, weight) : at::mm(dy_rows, weight);
     accumulate_rank_up(dx, g, lora_a.to(low), &dropout);
     if (dy.dim() != 2) dx = dx.view(with_last_size(dy, weight.size(1)));
   }

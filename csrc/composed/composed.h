@@ -13,6 +13,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "composed/rows.h"
 
@@ -28,15 +29,30 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
                                            const std::optional<at::Tensor>& bias, double scaling,
                                            const Dropout& dropout, bool round_adapters);
 
+// One of several projections of x, with what `forward` is given of it.
+struct Projection {
+  at::Tensor weight, lora_a, lora_b;
+  std::optional<at::Tensor> bias;
+  double scaling;
+  Dropout dropout;
+};
+
+// rows: M×K. Returns the projections' y, each M×N, and their h side by side, M×Σr. Where no mask
+// and no factor tell them apart, h is one product with the A's stacked.
+std::tuple<std::vector<at::Tensor>, at::Tensor> forward(const at::Tensor& rows,
+                                                        const std::vector<Projection>& projections,
+                                                        bool round_adapters);
+
 // (dx, dweight, dlora_a, dlora_b, dbias); undefined where not needed.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Needed = std::array<bool, 5>;
 
-// x is read only for dweight and dlora_a, h only for dlora_b.
+// x is read only for dweight and dlora_a, h only for dlora_b. `dx_sum`, where defined, is what dx
+// is added to, in place, and returned as.
 Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const at::Tensor& weight, const at::Tensor& lora_a, const at::Tensor& lora_b,
                    const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
-                   bool round_adapters, const Needed& needed);
+                   bool round_adapters, const Needed& needed, const at::Tensor& dx_sum = {});
 
 // The same op and gradients out of torch's differentiable operations alone (differentiable.cpp),
 // for who derives in other ways than one backward: a graph of the backward itself (create_graph),

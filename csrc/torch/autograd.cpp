@@ -1,9 +1,15 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
+#include <vector>
 
 #include "common/dropout.h"
 #include "composed/composed.h"
@@ -19,6 +25,7 @@ namespace {
 
 using at::Tensor;
 using ops::OptionalTensor;
+using ops::OptionalTensors;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
@@ -53,6 +60,10 @@ bool within_torch_func() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+OptionalTensor optional(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
 // Saves x, h and the seed, and the parameters by reference; of x and h no more than the trainable
 // parameters' gradients are made of.
 struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
@@ -84,9 +95,6 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& t) {
-      return t.defined() ? OptionalTensor(t) : std::nullopt;
-    };
     const OptionalTensor x = optional(saved[0]), h = optional(saved[4]), seed = optional(saved[5]);
     const Tensor &weight = saved[1], &lora_a = saved[2], &lora_b = saved[3];
     const auto& data = ctx->saved_data;
@@ -119,6 +127,206 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
   }
 };
 
+// What the grouped op is given beside the tensors that may be differentiated, and where each of
+// those is among them: x, then every weight, every A, every B, and the biases that there are.
+struct Group {
+  std::vector<OptionalTensor> biases, seeds;
+  std::vector<double> scalings, dropout_p;
+  bool round_adapters;
+  size_t size;
+
+  size_t weight(size_t i) const { return 1 + i; }
+  size_t lora_a(size_t i) const { return 1 + size + i; }
+  size_t lora_b(size_t i) const { return 1 + 2 * size + i; }
+};
+
+// As LoRALinearFunction, of all projections at once: x is saved once, and so are their h, side by
+// side. A projection whose y led nowhere has no part in the backward.
+struct GroupedFunction : torch::autograd::Function<GroupedFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Group& group) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const size_t n = group.size;
+    const Tensor& x = tensors[0];
+    const auto weights = tensors.slice(group.weight(0), n);
+    const auto lora_a = tensors.slice(group.lora_a(0), n);
+    const auto lora_b = tensors.slice(group.lora_b(0), n);
+    auto [ys, h] = ops::lora_linear_grouped_forward(
+        x, weights, lora_a, lora_b, OptionalTensors(group.biases), group.scalings, group.dropout_p,
+        OptionalTensors(group.seeds), group.round_adapters);
+
+    const auto trains = [](const Tensor& t) { return t.requires_grad(); };
+    const bool trains_b = std::any_of(lora_b.begin(), lora_b.end(), trains);
+    const bool trains_of_x = std::any_of(lora_a.begin(), lora_a.end(), trains) ||
+                             std::any_of(weights.begin(), weights.end(), trains);
+    variable_list saved = {trains_b || trains_of_x ? x : Tensor(), trains_b ? h : Tensor()};
+    for (size_t i = 1; i < 1 + 3 * n; ++i) saved.push_back(tensors[i]);
+    c10::List<bool> has_bias;
+    variable_list frozen;
+    for (size_t i = 0; i < n; ++i) {
+      saved.push_back(group.seeds[i].value_or(Tensor()));
+      has_bias.push_back(group.biases[i].has_value());
+      const bool grows = trains(x) || trains(weights[i]) || trains(lora_a[i]) ||
+                         trains(lora_b[i]) || (group.biases[i] && trains(*group.biases[i]));
+      if (!grows) frozen.push_back(ys[i]);
+    }
+    ctx->mark_non_differentiable(frozen);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["has_bias"] = has_bias;
+    ctx->saved_data["scalings"] = group.scalings;
+    ctx->saved_data["dropout_p"] = group.dropout_p;
+    ctx->saved_data["round_adapters"] = group.round_adapters;
+    return std::move(ys);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    Arguments all = arguments(ctx, grads);
+    const size_t n = grads.size();
+    variable_list gradients(1 + 3 * n + all.biases + 1);  // and nothing for the rest of the group
+    if (all.dy.empty()) return gradients;
+    if (at::GradMode::is_enabled() || within_torch_func()) {
+      differentiable(all, gradients);
+      return gradients;
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;  // past a boxed fallback that has nothing to do
+    const auto made = ops::lora_linear_grouped_backward(
+        all.dy, all.x, all.weights, all.lora_a, all.lora_b, all.h, all.scalings, all.dropout_p,
+        all.seeds, all.round_adapters, all.needed);
+    size_t next = 0;
+    for (size_t i = 0; i < all.needed.size(); ++i) {
+      if (all.needed[i]) gradients[all.places[i]] = made[next++];
+    }
+    return gradients;
+  }
+
+ private:
+  // Of the projections that have a dy. places: of each entry of `needed`, among the inputs.
+  struct Arguments {
+    variable_list dy, weights, lora_a, lora_b;
+    OptionalTensor x;
+    OptionalTensors h, seeds;
+    std::vector<double> scalings, dropout_p;
+    bool round_adapters = false;
+    c10::List<bool> needed;
+    std::vector<size_t> places;
+    size_t biases = 0;
+  };
+
+  static Arguments arguments(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto scalings = ctx->saved_data["scalings"].toDoubleVector();
+    const auto dropout_p = ctx->saved_data["dropout_p"].toDoubleVector();
+    const auto has_bias = ctx->saved_data["has_bias"].toBoolList();
+    const size_t n = grads.size();
+    Arguments all;
+    all.x = optional(saved[0]);
+    all.round_adapters = ctx->saved_data["round_adapters"].toBool();
+    const auto need = [&](bool needed, size_t place) {
+      all.needed.push_back(needed);
+      all.places.push_back(place);
+    };
+    need(ctx->needs_input_grad(0), 0);
+    int64_t column = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const Tensor &weight = saved[2 + i], &a = saved[2 + n + i], &b = saved[2 + 2 * n + i];
+      const int64_t rank = a.size(0);
+      const bool bias = has_bias[i];
+      if (grads[i].defined()) {
+        all.dy.push_back(grads[i]);
+        all.weights.push_back(weight);
+        all.lora_a.push_back(a);
+        all.lora_b.push_back(b);
+        all.h.push_back(saved[1].defined() ? OptionalTensor(saved[1].narrow(1, column, rank))
+                                           : std::nullopt);
+        all.seeds.push_back(optional(saved[2 + 3 * n + i]));
+        all.scalings.push_back(scalings[i]);
+        all.dropout_p.push_back(dropout_p[i]);
+        for (size_t kind = 0; kind < 3; ++kind) {
+          const size_t place = 1 + kind * n + i;
+          need(ctx->needs_input_grad(place), place);
+        }
+        const size_t place = 1 + 3 * n + all.biases;
+        need(bias && ctx->needs_input_grad(place), place);
+      }
+      column += rank;
+      all.biases += bias ? 1 : 0;
+    }
+    return all;
+  }
+
+  static void differentiable(const Arguments& all, variable_list& gradients) {
+    for (size_t i = 0; i < all.dy.size(); ++i) {
+      const auto needs = [&](size_t k) -> bool { return all.needed[1 + 4 * i + k]; };
+      const auto [dx, dweight, da, db, dbias] = composed::differentiable_backward(
+          all.dy[i], all.x, plain(all.weights[i]), all.lora_a[i], all.lora_b[i], all.scalings[i],
+          whole_mask(all.dy[i], all.weights[i], all.lora_a[i], all.dropout_p[i], all.seeds.get(i),
+                     all.round_adapters, /*column_offset=*/0),
+          all.round_adapters, {all.needed[0], needs(0), needs(1), needs(2), needs(3)});
+      if (dx.defined()) gradients[0] = gradients[0].defined() ? gradients[0] + dx : dx;
+      const std::array<Tensor, 4> own = {dweight, da, db, dbias};
+      for (size_t k = 0; k < 4; ++k) {
+        if (needs(k)) gradients[all.places[1 + 4 * i + k]] = own[k];
+      }
+    }
+  }
+};
+
+std::vector<Tensor> grouped_below_autograd(const Tensor& x, at::TensorList weights,
+                                           at::TensorList lora_a, at::TensorList lora_b,
+                                           const OptionalTensors& biases,
+                                           at::ArrayRef<double> scalings,
+                                           at::ArrayRef<double> dropout_p,
+                                           const OptionalTensors& seeds, bool round_adapters) {
+  return std::get<0>(ops::lora_linear_grouped_forward(x, weights, lora_a, lora_b, biases, scalings,
+                                                      dropout_p, seeds, round_adapters));
+}
+
+void check_frozen_if_packed(const Tensor& weight) {
+  TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
+                    "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
+                    "train it");
+}
+
+std::vector<Tensor> grouped_apart(const Tensor& x, at::TensorList weights, at::TensorList lora_a,
+                                  at::TensorList lora_b, const OptionalTensors& biases,
+                                  at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+                                  const OptionalTensors& seeds, bool round_adapters) {
+  checks::grouped_counts(weights, lora_a, lora_b, biases, scalings, dropout_p, seeds);
+  std::vector<Tensor> ys;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    ys.push_back(ops::lora_linear(x, weights[i], lora_a[i], lora_b[i], biases.get(i), scalings[i],
+                                  dropout_p[i], seeds.get(i), round_adapters));
+  }
+  return ys;
+}
+
+std::vector<Tensor> grouped_with_autograd(const Tensor& x, at::TensorList weights,
+                                          at::TensorList lora_a, at::TensorList lora_b,
+                                          const OptionalTensors& biases,
+                                          at::ArrayRef<double> scalings,
+                                          at::ArrayRef<double> dropout_p,
+                                          const OptionalTensors& seeds, bool round_adapters) {
+  checks::grouped_counts(weights, lora_a, lora_b, biases, scalings, dropout_p, seeds);
+  variable_list tensors = {x};
+  for (const auto& list : {weights, lora_a, lora_b}) {
+    tensors.insert(tensors.end(), list.begin(), list.end());
+  }
+  for (const OptionalTensor& bias : biases) {
+    if (bias) tensors.push_back(*bias);
+  }
+  for (const Tensor& weight : weights) check_frozen_if_packed(weight);
+  const auto is_dual = [](const Tensor& t) { return torch::autograd::isFwGradDefined(t); };
+  if (within_torch_func() || std::any_of(tensors.begin(), tensors.end(), is_dual)) {
+    return grouped_apart(x, weights, lora_a, lora_b, biases, scalings, dropout_p, seeds,
+                         round_adapters);
+  }
+  return GroupedFunction::apply(at::TensorList(tensors),
+                                Group{biases.vec(), seeds.vec(), scalings.vec(), dropout_p.vec(),
+                                      round_adapters, weights.size()});
+}
+
 Tensor below_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                       const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                       double dropout_p, const OptionalTensor& seed, bool round_adapters,
@@ -131,9 +339,7 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
                      const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                      double dropout_p, const OptionalTensor& seed, bool round_adapters,
                      int64_t column_offset) {
-  TORCH_CHECK_VALUE(!is_packed(weight) || !weight.requires_grad(),
-                    "lora_linear: weight is packed, and packed weights are frozen: unpack it to "
-                    "train it");
+  check_frozen_if_packed(weight);
   using torch::autograd::isFwGradDefined;
   if (within_torch_func() || isFwGradDefined(x) || isFwGradDefined(weight) ||
       isFwGradDefined(lora_a) || isFwGradDefined(lora_b) || isFwGradDefined(bias)) {
@@ -148,18 +354,23 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lora_linear", &below_autograd);
+  m.impl("lora_linear_grouped", &grouped_below_autograd);
 }
 
 // vmap.
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, FuncTorchBatchedDecomposition, m) {
   m.impl("lora_linear", &out_of_torchs);
+  m.impl("lora_linear_grouped", &grouped_apart);
 }
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, Autograd, m) {
   m.impl("lora_linear", &with_autograd);
+  m.impl("lora_linear_grouped", &grouped_with_autograd);
   // Differentiating one of the halves by hand is an error, not a silent zero.
   m.impl("lora_linear_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("lora_linear_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_linear_grouped_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_linear_grouped_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace fused_lora

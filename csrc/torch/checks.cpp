@@ -133,6 +133,43 @@ void check_column_offset(int64_t column_offset) {
                     column_offset);
 }
 
+void check_count(size_t count, const char* name, size_t expected, const char* source) {
+  TORCH_CHECK_VALUE(count == expected, "lora_linear_grouped: ", name, " must have ", expected,
+                    expected == 1 ? " entry" : " entries", " (as ", source, "), got ", count);
+}
+
+// The lists but for the first, which says how many projections there are.
+template <typename Seeds>
+void check_counts(size_t projections, const char* source, at::TensorList lora_a,
+                  at::TensorList lora_b, at::ArrayRef<double> scalings,
+                  at::ArrayRef<double> dropout_p, const Seeds& seeds) {
+  TORCH_CHECK_VALUE(projections >= 1, "lora_linear_grouped: ", source, " must not be empty");
+  check_count(lora_a.size(), "lora_a", projections, source);
+  check_count(lora_b.size(), "lora_b", projections, source);
+  check_count(scalings.size(), "scalings", projections, source);
+  check_count(dropout_p.size(), "dropout_p", projections, source);
+  check_count(seeds.size(), "seeds", projections, source);
+  for (size_t i = 1; i < projections; ++i) {
+    TORCH_CHECK_TYPE(lora_a[i].scalar_type() == lora_a[0].scalar_type(),
+                     "lora_linear_grouped: lora_a[", i, "] must be ",
+                     dtype_name(lora_a[0].scalar_type()), " (as lora_a[0]), got ",
+                     dtype_name(lora_a[i].scalar_type()));
+  }
+}
+
+// Calls check(i) for each projection; an error says which it was.
+template <typename Check>
+void check_each(size_t projections, const Check& check) {
+  for (size_t i = 0; i < projections; ++i) {
+    try {
+      check(i);
+    } catch (c10::Error& error) {
+      error.add_context(c10::str("of projection ", i, " of lora_linear_grouped"));
+      throw;
+    }
+  }
+}
+
 void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
                     const Tensor& lora_a, const Tensor& lora_b, double dropout_p,
                     const std::optional<Tensor>& seed, int64_t column_offset) {
@@ -190,7 +227,7 @@ void check_saved(const Tensor& dy, const std::optional<Tensor>& x, const Tensor&
 }
 
 // `count` values for `count` adapters.
-void check_count(size_t count, const char* name, size_t expected) {
+void check_adapter_count(size_t count, const char* name, size_t expected) {
   TORCH_CHECK_VALUE(count == expected, "lora_linear: ", name, " must have ", expected,
                     " entries (as lora_a), got ", count);
 }
@@ -201,8 +238,8 @@ void check_mixed_operands(const Tensor& rows, const char* name, const Tensor& we
                           const std::optional<Tensor>& seed) {
   check_shapes(rows, name, weight);
   TORCH_CHECK_VALUE(!lora_a.empty(), "lora_linear: lora_a must have at least 1 entry, got none");
-  check_count(lora_b.size(), "lora_b", lora_a.size());
-  check_count(scaling.size(), "scaling", lora_a.size());
+  check_adapter_count(lora_b.size(), "lora_b", lora_a.size());
+  check_adapter_count(scaling.size(), "scaling", lora_a.size());
   check_dtypes(rows, name, weight);
   check_device(weight, "weight", rows, name);
   for (size_t i = 0; i < lora_a.size(); ++i) {
@@ -265,13 +302,60 @@ void mixed_backward_arguments(const Tensor& dy, const std::optional<Tensor>& x,
                               bool needs_weight, const c10::List<bool>& needs_a,
                               const c10::List<bool>& needs_b) {
   check_mixed_operands(dy, "dy", weight, lora_a, lora_b, index, scaling, dropout_p, seed);
-  check_count(needs_a.size(), "needed_a", lora_a.size());
-  check_count(needs_b.size(), "needed_b", lora_a.size());
+  check_adapter_count(needs_a.size(), "needed_a", lora_a.size());
+  check_adapter_count(needs_b.size(), "needed_b", lora_a.size());
   const auto any = [](const c10::List<bool>& flags) {
     return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
   };
   check_saved(dy, x, weight, h, sum_of_ranks(lora_a), lora_a[0], "lora_a", round_adapters,
               needs_weight, any(needs_a), any(needs_b));
+}
+
+void grouped_counts(at::TensorList weights, at::TensorList lora_a, at::TensorList lora_b,
+                    const ops::OptionalTensors& biases, at::ArrayRef<double> scalings,
+                    at::ArrayRef<double> dropout_p, const ops::OptionalTensors& seeds) {
+  check_counts(weights.size(), "weights", lora_a, lora_b, scalings, dropout_p, seeds);
+  check_count(biases.size(), "biases", weights.size(), "weights");
+}
+
+void grouped_forward_arguments(const Tensor& x, at::TensorList weights, at::TensorList lora_a,
+                               at::TensorList lora_b, const ops::OptionalTensors& biases,
+                               at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+                               const ops::OptionalTensors& seeds) {
+  grouped_counts(weights, lora_a, lora_b, biases, scalings, dropout_p, seeds);
+  check_each(weights.size(), [&](size_t i) {
+    forward_arguments(x, weights[i], lora_a[i], lora_b[i], biases.get(i), dropout_p[i],
+                      seeds.get(i), /*column_offset=*/0);
+  });
+}
+
+void grouped_backward_arguments(at::TensorList dy, const ops::OptionalTensor& x,
+                                at::TensorList weights, at::TensorList lora_a,
+                                at::TensorList lora_b, const ops::OptionalTensors& h,
+                                at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+                                const ops::OptionalTensors& seeds, bool round_adapters,
+                                const c10::List<bool>& needed) {
+  check_counts(dy.size(), "dy", lora_a, lora_b, scalings, dropout_p, seeds);
+  check_count(weights.size(), "weights", dy.size(), "dy");
+  check_count(h.size(), "h", dy.size(), "dy");
+  TORCH_CHECK_VALUE(needed.size() == 1 + 4 * dy.size(),
+                    "lora_linear_grouped: needed must have 1 entry and 4 for each of ", dy.size(),
+                    " projections, got ", needed.size());
+  check_each(dy.size(), [&](size_t i) {
+    std::array<bool, 5> of_one = {needed[0]};
+    for (size_t k = 0; k < 4; ++k) of_one[1 + k] = needed[1 + 4 * i + k];
+    backward_arguments(dy[i], x, weights[i], lora_a[i], lora_b[i], h.get(i), dropout_p[i],
+                       seeds.get(i), round_adapters, of_one, /*column_offset=*/0);
+    // The dx are one, and so are their sizes.
+    TORCH_CHECK_VALUE(dy[i].sym_sizes().slice(0, dy[i].dim() - 1) ==
+                              dy[0].sym_sizes().slice(0, dy[0].dim() - 1) &&
+                          sym_in_features(weights[i]) == sym_in_features(weights[0]),
+                      "lora_linear: dy must have the rows of dy[0], ", dy[0].sym_sizes(),
+                      ", and weight its in_features, ", sym_in_features(weights[0]), ", got shape ",
+                      dy[i].sym_sizes(), " and in_features ", sym_in_features(weights[i]));
+    check_dtype(dy[i], "dy", dy[0].scalar_type(), "dy[0]");
+    check_device(dy[i], "dy", dy[0], "dy[0]");
+  });
 }
 
 void pack_arguments(const Tensor& weight) {

@@ -8,6 +8,8 @@
 #include <array>
 #include <optional>
 
+#include "torch/ops.h"
+
 namespace fused_lora::checks {
 
 void forward_arguments(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
@@ -35,6 +37,21 @@ void mixed_backward_arguments(const at::Tensor& dy, const std::optional<at::Tens
                               double dropout_p, const std::optional<at::Tensor>& seed,
                               bool round_adapters, bool needs_weight,
                               const c10::List<bool>& needs_a, const c10::List<bool>& needs_b);
+
+// Of a group: lists with an entry for each projection, and what every entry must be by itself.
+void grouped_counts(at::TensorList weights, at::TensorList lora_a, at::TensorList lora_b,
+                    const ops::OptionalTensors& biases, at::ArrayRef<double> scalings,
+                    at::ArrayRef<double> dropout_p, const ops::OptionalTensors& seeds);
+void grouped_forward_arguments(const at::Tensor& x, at::TensorList weights, at::TensorList lora_a,
+                               at::TensorList lora_b, const ops::OptionalTensors& biases,
+                               at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+                               const ops::OptionalTensors& seeds);
+void grouped_backward_arguments(at::TensorList dy, const ops::OptionalTensor& x,
+                                at::TensorList weights, at::TensorList lora_a,
+                                at::TensorList lora_b, const ops::OptionalTensors& h,
+                                at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+                                const ops::OptionalTensors& seeds, bool round_adapters,
+                                const c10::List<bool>& needed);
 
 // A plain weight that can be packed; and a packed one, of `op`'s.
 void pack_arguments(const at::Tensor& weight);

@@ -2,6 +2,7 @@
 // built of.
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -36,6 +37,18 @@ at::Tensor lora_linear_mixed(const at::Tensor& x, const at::Tensor& weight, cons
                                             dropout_p, seed, round_adapters);
 }
 
+std::vector<at::Tensor> lora_linear_grouped(
+    const at::Tensor& x, const std::vector<at::Tensor>& weights,
+    const std::vector<at::Tensor>& lora_a, const std::vector<at::Tensor>& lora_b,
+    const std::vector<std::optional<at::Tensor>>& biases, const std::vector<double>& scalings,
+    const std::vector<double>& dropout_p, const std::vector<std::optional<at::Tensor>>& seeds,
+    bool round_adapters) {
+  using fused_lora::ops::OptionalTensors;
+  return fused_lora::ops::lora_linear_grouped(x, weights, lora_a, lora_b, OptionalTensors(biases),
+                                              scalings, dropout_p, OptionalTensors(seeds),
+                                              round_adapters);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -52,6 +65,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
         py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fused_lora.lora_linear_mixed, differentiable, called directly.");
+  m.def("lora_linear_grouped", &lora_linear_grouped, py::arg("x"), py::arg("weights"),
+        py::arg("lora_a"), py::arg("lora_b"), py::arg("biases"), py::arg("scalings"),
+        py::arg("dropout_p"), py::arg("seeds"), py::arg("round_adapters"),
+        py::call_guard<py::gil_scoped_release>(),
+        "torch.ops.fused_lora.lora_linear_grouped, differentiable, called directly.");
   m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
         py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");

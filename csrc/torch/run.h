@@ -9,6 +9,8 @@
 //     empty(sizes, like, dtype)       memory of torch's allocator, on the device of a tensor
 //     complete(shape)                 adds to a class what else a choice depends on
 //     presumed_faster(call), capturing(), time(fused, composed), launch(call)
+//     launch(calls)                   if it can launch calls of one x together
+//     (torch/run_grouped.h)
 #pragma once
 
 #include <ATen/Context.h>
@@ -51,6 +53,16 @@ class Run : public Candidate {
     }
   }
 
+  // Whether the kernels are to compute the call, with what was asked for.
+  bool takes_kernels(Path asked) {
+    if (asked != Path::kAuto) return asked == Path::kFused;
+    if (call_.problem.rows == 0) return false;
+    ShapeClass of_call = shape();
+    backend_.complete(of_call);
+    const bool deterministic = at::globalContext().deterministicAlgorithms();
+    return choose(of_call, deterministic, *this) == Path::kFused;
+  }
+
  protected:
   explicit Run(const at::Tensor& on) : on_(on), backend_(on) {}
   ~Run() = default;
@@ -64,16 +76,6 @@ class Run : public Candidate {
   void launch() {
     allocate();
     backend_.launch(call_);
-  }
-
-  // Whether the kernels are to compute the call, with what was asked for.
-  bool takes_kernels(Path asked) {
-    if (asked != Path::kAuto) return asked == Path::kFused;
-    if (call_.problem.rows == 0) return false;
-    ShapeClass of_call = shape();
-    backend_.complete(of_call);
-    const bool deterministic = at::globalContext().deterministicAlgorithms();
-    return choose(of_call, deterministic, *this) == Path::kFused;
   }
 
   Call call_;
@@ -100,6 +102,13 @@ void describe(Call& call, const at::Tensor& rows, const Parameters& p) {
   call.lora_b = Backend::view(p.lora_b);
   call.scaling = p.scaling;
   call.dropout = Backend::dropout(p.dropout);
+}
+
+// h as a call takes it: rows of any distance, or, for kernels that do not know one, dense.
+template <typename Call>
+void set_h(Call& call, const at::Tensor& h) {
+  if constexpr (requires { call.h_stride; }) call.h_stride = h.stride(0);
+  call.h = h.mutable_data_ptr();
 }
 
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;
@@ -135,6 +144,15 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
     return {y_, h_};
   }
 
+  // For a group, which launches its calls together: the call with y and a part of the group's h.
+  const typename Backend::ForwardCall& into(const at::Tensor& h) {
+    h_ = h;
+    allocate();
+    set_h(call_, h_);
+    return call_;
+  }
+  const at::Tensor& y() const { return y_; }
+
  private:
   ShapeClass shape() const override { return forward_class(call_, on_.device()); }
 
@@ -143,9 +161,9 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
     const auto low = composed::rank_dtype(x_, p_.lora_a, p_.round_adapters);
     y_ = Backend::empty(composed::with_last_size(on_, out_features(p_.weight)), x_,
                         x_.scalar_type());
-    h_ = Backend::empty({x_.size(0), p_.lora_a.size(0)}, x_, low);
+    if (!h_.defined()) h_ = Backend::empty({x_.size(0), p_.lora_a.size(0)}, x_, low);
     call_.y = y_.mutable_data_ptr();
-    call_.h = h_.mutable_data_ptr();
+    set_h(call_, h_);
   }
 
   void compose() override { composed_forward(on_, p_, bias_); }
@@ -158,11 +176,17 @@ class Forward final : public Run<Backend, typename Backend::ForwardCall> {
 
 inline composed::Gradients composed_backward(const at::Tensor& dy, const ops::OptionalTensor& x,
                                              const ops::OptionalTensor& h, const Parameters& p,
-                                             const composed::Needed& needed) {
+                                             const composed::Needed& needed,
+                                             const at::Tensor& dx_sum = {}) {
   // dx alone is made of the weight.
   const at::Tensor weight = needed[0] ? plain(p.weight) : p.weight;
   return composed::backward(dy, x, weight, p.lora_a, p.lora_b, h, p.scaling, p.dropout,
-                            p.round_adapters, needed);
+                            p.round_adapters, needed, dx_sum);
+}
+
+// What kernels can make of a backward: not the gradients of a weight and a bias alone.
+inline bool has_work(const composed::Needed& needed) {
+  return needed[0] || needed[2] || needed[3];
 }
 
 template <typename Backend>
@@ -180,8 +204,10 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
     if (needs_a() || needs_weight()) x_rows_ = composed::as_matrix(*x);
     if (needs_a()) call_.x = Backend::view(x_rows_);
     if (needs_b()) {
-      dense_h_ = h->contiguous();
-      call_.h = dense_h_.const_data_ptr();
+      constexpr bool kAnyRows = requires { call_.h_stride; };
+      h_rows_ = kAnyRows && h->stride(1) == 1 ? *h : h->contiguous();
+      if constexpr (kAnyRows) call_.h_stride = h_rows_.stride(0);
+      call_.h = h_rows_.const_data_ptr();
     }
   }
 
@@ -189,6 +215,19 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
   composed::Gradients operator()(Path asked) {
     if (!this->takes_kernels(asked)) return composed_backward(on_, x_, h_, p_, needed_);
     this->launch();
+    return gradients();
+  }
+
+  // For a group, which launches its calls together: the call with the group's dx.
+  const typename Backend::BackwardCall& into(const at::Tensor& dx) {
+    dx_ = dx;
+    allocate();
+    call_.dx = dx.defined() ? dx.mutable_data_ptr() : nullptr;
+    return call_;
+  }
+
+  // What the kernels made, and with it what they leave to torch.
+  composed::Gradients gradients() const {
     at::Tensor dweight, dbias;
     if (needs_weight()) dweight = at::mm(dy_.t(), x_rows_);
     if (needed_[4]) dbias = dy_.sum(0);
@@ -211,7 +250,8 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
     const auto dense = [](at::IntArrayRef sizes, const at::Tensor& like) {
       return Backend::empty(sizes, like, like.scalar_type());
     };
-    if (needs_x()) dx_ = dense(composed::with_last_size(on_, in_features(p_.weight)), dy_);
+    if (needs_x() && !dx_.defined())
+      dx_ = dense(composed::with_last_size(on_, in_features(p_.weight)), dy_);
     if (needs_a()) dlora_a_ = dense(p_.lora_a.sizes(), p_.lora_a);
     if (needs_b()) dlora_b_ = dense(p_.lora_b.sizes(), p_.lora_b);
     const auto pointer = [](const at::Tensor& t) {
@@ -230,7 +270,7 @@ class Backward final : public Run<Backend, typename Backend::BackwardCall> {
   const ops::OptionalTensor &x_, &h_;
   const composed::Needed& needed_;
   const at::Tensor dy_;
-  at::Tensor x_rows_, dense_h_, dx_, dlora_a_, dlora_b_;
+  at::Tensor x_rows_, h_rows_, dx_, dlora_a_, dlora_b_;
   bool allocated_ = false;
 };
 
@@ -275,11 +315,10 @@ struct Ops {
     const Parameters p = {
         weight,        lora_a, lora_b, scaling, {dropout_p, seed, Backend::mask, column_offset},
         round_adapters};
-    const auto [needs_x, needs_weight, needs_a, needs_b, needs_bias] = needed;
     const Path asked = asked_path();
-    const bool has_work = needs_x || needs_a || needs_b;
-    if (!has_work || !may_take_kernels<Backend>(asked, dy))
+    if (!has_work(needed) || !may_take_kernels<Backend>(asked, dy)) {
       return composed_backward(dy, x, h, p, needed);
+    }
     return Backward<Backend>(dy, x, h, p, needed)(asked);
   }
 

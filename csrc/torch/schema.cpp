@@ -16,6 +16,11 @@
 // A weight is out_features×in_features, or on the CPU what pack_weight makes of it: 3-D, panels of
 // 32 rows that the kernels read from beginning to end (torch/packed_weight.h). A packed weight has
 // no gradient.
+//
+// lora_linear_grouped is that of several projections of one x: a list holds an entry for each.
+// Their h lie side by side, M×Σr. Backward takes the projections whose dy there is, and returns of
+// the gradients those that are `needed`, in its order: dx, the sum over the projections, and for
+// each of them dweight, dlora_a, dlora_b and dbias.
 FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias=None, *, "
@@ -32,6 +37,18 @@ FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
       "bool[5] needed, int column_offset=0) -> (Tensor dx, Tensor dweight, Tensor dlora_a, Tensor "
       "dlora_b, Tensor "
       "dbias)");
+  m.def(
+      "lora_linear_grouped(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor?[] biases, *, float[] scalings, float[] dropout_p, Tensor?[] seeds, "
+      "bool round_adapters=False) -> Tensor[]");
+  m.def(
+      "lora_linear_grouped_forward(Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor?[] biases, float[] scalings, float[] dropout_p, Tensor?[] seeds, "
+      "bool round_adapters) -> (Tensor[] y, Tensor h)");
+  m.def(
+      "lora_linear_grouped_backward(Tensor[] dy, Tensor? x, Tensor[] weights, Tensor[] lora_a, "
+      "Tensor[] lora_b, Tensor?[] h, float[] scalings, float[] dropout_p, Tensor?[] seeds, "
+      "bool round_adapters, bool[] needed) -> Tensor[]");
   m.def(
       "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, *, SymInt row_offset=0, "
       "SymInt column_offset=0, ScalarType dtype=bool) -> Tensor");
@@ -76,6 +93,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_line
   static const auto op = find<decltype(lora_linear_backward)>("lora_linear_backward");
   return op.call(dy, x, weight, lora_a, lora_b, h, scaling, dropout_p, seed, round_adapters, needed,
                  column_offset);
+}
+
+std::vector<at::Tensor> lora_linear_grouped(const at::Tensor& x, at::TensorList weights,
+                                            at::TensorList lora_a, at::TensorList lora_b,
+                                            const OptionalTensors& biases,
+                                            at::ArrayRef<double> scalings,
+                                            at::ArrayRef<double> dropout_p,
+                                            const OptionalTensors& seeds, bool round_adapters) {
+  static const auto op = find<decltype(lora_linear_grouped)>("lora_linear_grouped");
+  return op.call(x, weights, lora_a, lora_b, biases, scalings, dropout_p, seeds, round_adapters);
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor> lora_linear_grouped_forward(
+    const at::Tensor& x, at::TensorList weights, at::TensorList lora_a, at::TensorList lora_b,
+    const OptionalTensors& biases, at::ArrayRef<double> scalings, at::ArrayRef<double> dropout_p,
+    const OptionalTensors& seeds, bool round_adapters) {
+  static const auto op = find<decltype(lora_linear_grouped_forward)>("lora_linear_grouped_forward");
+  return op.call(x, weights, lora_a, lora_b, biases, scalings, dropout_p, seeds, round_adapters);
+}
+
+std::vector<at::Tensor> lora_linear_grouped_backward(
+    at::TensorList dy, const OptionalTensor& x, at::TensorList weights, at::TensorList lora_a,
+    at::TensorList lora_b, const OptionalTensors& h, at::ArrayRef<double> scalings,
+    at::ArrayRef<double> dropout_p, const OptionalTensors& seeds, bool round_adapters,
+    const c10::List<bool>& needed) {
+  static const auto op =
+      find<decltype(lora_linear_grouped_backward)>("lora_linear_grouped_backward");
+  return op.call(dy, x, weights, lora_a, lora_b, h, scalings, dropout_p, seeds, round_adapters,
+                 needed);
 }
 
 at::Tensor dropout_mask(const at::Tensor& seed, c10::SymInt rows, c10::SymInt columns, double p,

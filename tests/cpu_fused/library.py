@@ -54,6 +54,7 @@ class _ForwardCall(ctypes.Structure):
         ("dropout", _Dropout),
         ("y", c_void_p),
         ("h", c_void_p),
+        ("h_stride", c_int64),
     )
 
 
@@ -66,6 +67,7 @@ class _BackwardCall(ctypes.Structure):
         ("lora_a", _MatrixView),
         ("lora_b", _MatrixView),
         ("h", c_void_p),
+        ("h_stride", c_int64),
         ("scaling", c_float),
         ("dropout", _Dropout),
         ("g", c_void_p),
@@ -179,43 +181,65 @@ class Call:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(y, h)."""
-        rows, rank = self.x.shape[0], self.lora_a.shape[0]
-        # Not a number: what a kernel leaves unwritten is seen.
-        y = torch.full((rows, self.weight.shape[0]), torch.nan, dtype=self.x.dtype)
-        h = torch.full((rows, rank), torch.nan, dtype=self.rank_dtype)
-        views = _view(self.x), self.weight_view, _view(self.lora_a), _view(self.lora_b)
-        bias = None if self.bias is None else self.bias.data_ptr()
-        call = _ForwardCall(
-            self.problem, *views, bias, self.scaling, self.dropout, y.data_ptr(), h.data_ptr()
-        )
-        library().forward(ctypes.byref(call), self.level, self.threads)
+        (y,), h = forward([self])
         return y, h
 
     def backward(
         self, dy: Tensor, h: Tensor, needs: tuple[str, ...] = ("x", "lora_a", "lora_b")
     ) -> dict[str, Tensor]:
-        made = {
-            name: torch.full(like.shape, torch.nan, dtype=like.dtype)
-            for name, like in (("x", self.x), ("lora_a", self.lora_a), ("lora_b", self.lora_b))
-            if name in needs
-        }
-        out = {name: tensor.data_ptr() for name, tensor in made.items()}
-        g = torch.full(h.shape, torch.nan, dtype=self.rank_dtype)
-        call = _BackwardCall(
-            self.problem,
-            _view(dy),
-            _view(self.x),
-            self.weight_view,
-            _view(self.lora_a),
-            _view(self.lora_b),
-            h.data_ptr(),
-            self.scaling,
-            self.dropout,
-            g.data_ptr(),
-            *(out.get(name) for name in ("x", "lora_a", "lora_b")),
-        )
-        library().backward(ctypes.byref(call), self.level, self.threads)
+        (made,) = backward([self], [dy], h, needs)
         return made
+
+
+def forward(calls: list[Call]) -> tuple[list[Tensor], Tensor]:
+    """The calls' y, and their h side by side. All calls are of one x."""
+    first = calls[0]
+    rows = first.x.shape[0]
+    # Not a number: what a kernel leaves unwritten is seen.
+    ys = [torch.full((rows, call.weight.shape[0]), torch.nan, dtype=call.x.dtype) for call in calls]
+    ranks = [call.lora_a.shape[0] for call in calls]
+    h = torch.full((rows, sum(ranks)), torch.nan, dtype=first.rank_dtype)
+    described = [
+        _ForwardCall(
+            call.problem,
+            *(_view(call.x), call.weight_view, _view(call.lora_a), _view(call.lora_b)),
+            None if call.bias is None else call.bias.data_ptr(),
+            *(call.scaling, call.dropout, y.data_ptr(), part.data_ptr(), h.stride(0)),
+        )
+        for call, y, part in zip(calls, ys, h.split(ranks, dim=1), strict=True)
+    ]
+    array = (_ForwardCall * len(calls))(*described)
+    library().forward(array, c_int64(len(calls)), first.level, first.threads)
+    return ys, h
+
+
+def backward(
+    calls: list[Call], dys: list[Tensor], h: Tensor, needs: tuple[str, ...] = ("x", "lora_a", "lora_b")
+) -> list[dict[str, Tensor]]:
+    """The calls' gradients; that of x, the sum over the calls, is the same tensor in all of them."""
+    first = calls[0]
+
+    def empty(like: Tensor) -> Tensor:
+        return torch.full(like.shape, torch.nan, dtype=like.dtype)
+
+    dx = empty(first.x)
+    described, made, gs = [], [], []
+    for call, dy, part in zip(calls, dys, h.split([c.lora_a.shape[0] for c in calls], dim=1), strict=True):
+        own = {"x": dx, "lora_a": empty(call.lora_a), "lora_b": empty(call.lora_b)}
+        made.append({name: tensor for name, tensor in own.items() if name in needs})
+        gs.append(torch.full(part.shape, torch.nan, dtype=call.rank_dtype))
+        out = {name: tensor.data_ptr() for name, tensor in made[-1].items()}
+        described.append(
+            _BackwardCall(
+                *(call.problem, _view(dy), _view(call.x), call.weight_view),
+                *(_view(call.lora_a), _view(call.lora_b), part.data_ptr(), h.stride(0)),
+                *(call.scaling, call.dropout, gs[-1].data_ptr()),
+                *(out.get(name) for name in ("x", "lora_a", "lora_b")),
+            )
+        )
+    array = (_BackwardCall * len(calls))(*described)
+    library().backward(array, c_int64(len(calls)), first.level, first.threads)
+    return made
 
 
 class _Op(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import reference
-from tests.cpu_fused.library import LEVELS, Call, op, supported_levels
+from tests.cpu_fused.library import LEVELS, Call, backward, forward, op, supported_levels
 from tests.operands import BF16, F32, check_against_torch, forward_and_backward, operands
 
 ROUNDING = {F32: {"rtol": 1e-5, "atol": 2e-5}, BF16: {"rtol": 2**-7, "atol": 2**-8}}
@@ -160,3 +160,31 @@ def test_fp32_masters_mean_a_low_rank_path_in_fp32(level):
     _, exact = forward_and_backward(op(level), given)
     for name in ("lora_a", "lora_b"):
         assert (gradients[name] - exact[name]).norm() / exact[name].norm() < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), KINDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 9, 150])
+def test_calls_of_one_x_give_what_each_gives_and_one_dx(level, dtype, adapter_dtype, dropout_p, rows):
+    given = [
+        operands((rows,), 203, out, rank, dtype, adapter_dtype, dropout_p=dropout_p, key=key)
+        for key, (out, rank) in enumerate([(113, 3), (64, 16), (30, 1)])
+    ]
+    x = given[0].x
+    calls = [Call(level, x, *g.tensors[1:], **g.options, threads=2) for g in given]
+    ys, h = forward(calls)
+    dys = [torch.randn_like(y) for y in ys]
+    made = backward(calls, dys, h)
+    dx = torch.zeros(x.shape)
+    column = 0
+    for call, y, dy, gradients in zip(calls, ys, dys, made, strict=True):
+        own_y, own_h = call.forward()
+        own = call.backward(dy, own_h)
+        assert torch.equal(y, own_y)
+        assert torch.equal(h[:, column : column + own_h.shape[1]], own_h)
+        column += own_h.shape[1]
+        assert torch.equal(gradients["lora_a"], own["lora_a"])
+        assert torch.equal(gradients["lora_b"], own["lora_b"])
+        dx += own["x"]
+    # Each addition rounds.
+    assert (made[0]["x"] - dx).norm() < 2 * torch.finfo(dtype).eps * dx.norm()

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <span>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -32,10 +33,18 @@ const Kernels& kernels_of(Level level) {
 
 namespace {
 
-// A thread's own, for blocks.
+// The calling thread's own: for blocks, for factors in another dtype, and for masks.
 void* thread_scratch(int64_t bytes) {
   thread_local Kept memory;
   return memory.of(bytes);
+}
+uint16_t* factor_memory(int64_t elements) {
+  thread_local Kept memory;
+  return static_cast<uint16_t*>(memory.of(elements * static_cast<int64_t>(sizeof(uint16_t))));
+}
+uint8_t* mask_memory(int64_t bytes) {
+  thread_local Kept memory;
+  return static_cast<uint8_t*>(memory.of(bytes));
 }
 
 int64_t parts(int64_t whole, int64_t part) {
@@ -80,25 +89,29 @@ int64_t work_of(const Product& p) {
   return p.rows * p.columns * (p.depth + p.tail_depth);
 }
 
-// A block of a product's output, and whose it is where the output is shared out evenly.
+// A block of an output, the products that are computed of it, one after the other, and whose it is
+// where the output is shared out evenly.
 struct Task {
-  const Product* product;
+  std::span<const Product> products;
   Block block;
   int64_t thread;
 };
 
-// The blocks of products, a thread's after another's: so that a thread that takes a run of them has
-// its part of each product, and the same rows of what they share.
+// The blocks of outputs, a thread's after another's: so that a thread that takes a run of them has
+// its part of each output, and the same rows of what they share.
 std::vector<Task> tasks_of(std::span<const Product> products, int threads) {
   std::vector<Task> tasks;
-  for (const Product& p : products) {
+  for (size_t first = 0, next; first < products.size(); first = next) {
+    for (next = first + 1; next < products.size() && products[next].adds;) ++next;
+    const Product& p = products[first];
     if (p.rows <= 0 || p.columns <= 0) continue;
     const Cut cut = cut_for(p, is_small(work_of(p)) ? 1 : threads);
     for (int64_t t = 0; t < cut.tasks(); ++t) {
       const int64_t i = t / cut.column_blocks, j = t % cut.column_blocks;
       const Block block = {i * p.rows / cut.row_blocks, (i + 1) * p.rows / cut.row_blocks,
                            j * cut.columns, std::min(p.columns, (j + 1) * cut.columns)};
-      tasks.push_back({&p, block, (2 * t + 1) * threads / (2 * cut.tasks())});
+      const int64_t thread = (2 * t + 1) * threads / (2 * cut.tasks());
+      tasks.push_back({products.subspan(first, next - first), block, thread});
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(),
@@ -120,7 +133,7 @@ void run_products(std::span<const Product> products, const Kernels& kernels,
               void* scratch = thread_scratch(kernels.scratch_bytes);
               for (int64_t i = begin; i < end; ++i) {
                 const Task& task = tasks[static_cast<size_t>(i)];
-                kernels.block(*task.product, task.block, scratch);
+                for (const Product& p : task.products) kernels.block(p, task.block, scratch);
               }
             });
 }
@@ -161,16 +174,31 @@ struct Factors {
   Operand a, b;
 };
 
-Factors factors(const Problem& p, const MatrixView& a, const MatrixView& b,
-                const Kernels& kernels) {
-  if (rank_dtype(p) == p.adapter_dtype) {
-    return {operand(a, p.adapter_dtype), operand(b, p.adapter_dtype)};
+bool rounds_factors(const Problem& p) {
+  return rank_dtype(p) != p.adapter_dtype;
+}
+
+// Of each call.
+template <typename Call>
+std::vector<Factors> factors(std::span<const Call> calls, const Kernels& kernels) {
+  const auto elements = [](const Problem& p) {
+    return rounds_factors(p) ? p.rank * (p.in_features + p.out_features) : 0;
+  };
+  int64_t all = 0;
+  for (const Call& call : calls) all += elements(call.problem);
+  uint16_t* to = factor_memory(all);
+  std::vector<Factors> made;
+  for (const Call& call : calls) {
+    const auto& [p, a, b] = std::tie(call.problem, call.lora_a, call.lora_b);
+    if (!rounds_factors(p)) {
+      made.push_back({operand(a, p.adapter_dtype), operand(b, p.adapter_dtype)});
+      continue;
+    }
+    made.push_back({rounded(a, p.rank, p.in_features, kernels, to),
+                    rounded(b, p.out_features, p.rank, kernels, to + p.rank * p.in_features)});
+    to += elements(p);
   }
-  thread_local Kept memory;
-  const int64_t elements = p.rank * (p.in_features + p.out_features);
-  auto* to = static_cast<uint16_t*>(memory.of(elements * static_cast<int64_t>(sizeof(uint16_t))));
-  return {rounded(a, p.rank, p.in_features, kernels, to),
-          rounded(b, p.out_features, p.rank, kernels, to + p.rank * p.in_features)};
+  return made;
 }
 
 }  // namespace
@@ -185,7 +213,7 @@ Operand weight(const Problem& p, const MatrixView& view, bool transposed) {
 }
 
 Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
-                  float alpha, void* out) {
+                  float alpha, const Output& out) {
   Product product;
   product.rows = p.rows;
   product.columns = p.rank;
@@ -193,28 +221,31 @@ Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Op
   product.left = rows;
   product.right = factor;
   product.alpha = alpha;
-  product.out = {out, p.rank, 1, rank_dtype(p)};
+  product.out = out;
   return product;
 }
 
-Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_t columns,
+Product rank_grad(const Problem& p, const Operand& low, const Operand& rows, int64_t columns,
                   const Output& out) {
   Product product;
   product.rows = p.rank;
   product.columns = columns;
   product.depth = p.rows;
-  product.left = {low, 1, p.rank, rank_dtype(p)};
+  product.left = transposed(low);
   product.right = rows;
   product.out = out;
   return product;
 }
 
-Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels,
-                const Parallel& parallel, const int64_t* order) {
-  if (!dropout.active()) return {};
-  thread_local Kept memory;
-  const int64_t row_stride = parts(p.in_features, kMaskColumns) * (kMaskColumns / 8);
-  auto* bits = static_cast<uint8_t*>(memory.of(p.rows * row_stride));
+namespace {
+
+int64_t mask_stride(const Problem& p) {
+  return parts(p.in_features, kMaskColumns) * (kMaskColumns / 8);
+}
+
+Mask draw_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels,
+               const Parallel& parallel, const int64_t* order, uint8_t* bits) {
+  const int64_t row_stride = mask_stride(p);
   // A draw of a row takes microseconds at most.
   constexpr int64_t kWorthThreads = int64_t{1} << 16;
   const int64_t tasks = parts(p.rows * p.in_features, kWorthThreads);
@@ -232,6 +263,39 @@ Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels
     }
   });
   return {bits, row_stride};
+}
+
+bool reads_mask(const ForwardCall& /*call*/) {
+  return true;
+}
+bool reads_mask(const BackwardCall& call) {
+  return call.dx != nullptr || call.dlora_a != nullptr;
+}
+
+// Of each call of one x.
+template <typename Call>
+std::vector<Mask> drawn_masks(std::span<const Call> calls, const Kernels& kernels,
+                              const Parallel& parallel) {
+  std::vector<Mask> masks(calls.size());
+  const auto drops = [](const Call& call) { return call.dropout.active() && reads_mask(call); };
+  const int64_t count = std::ranges::count_if(calls, drops);
+  if (count == 0) return masks;
+  const Problem& p = calls.front().problem;
+  uint8_t* bits = mask_memory(count * p.rows * mask_stride(p));
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (!drops(calls[i])) continue;
+    masks[i] = draw_mask(p, calls[i].dropout, kernels, parallel, nullptr, bits);
+    bits += p.rows * mask_stride(p);
+  }
+  return masks;
+}
+
+}  // namespace
+
+Mask drawn_mask(const Problem& p, const Dropout& dropout, const Kernels& kernels,
+                const Parallel& parallel, const int64_t* order) {
+  if (!dropout.active()) return {};
+  return draw_mask(p, dropout, kernels, parallel, order, mask_memory(p.rows * mask_stride(p)));
 }
 
 void mask(Product* product, MaskOn where, const Dropout& dropout, const Mask& drawn) {
@@ -272,69 +336,89 @@ Level best_level() {
   return Level::kPlain;
 }
 
-void run(const ForwardCall& call, Level level, const Parallel& parallel) {
-  const Problem& p = call.problem;
-  const Kernels& kernels = kernels_of(level);
-  const DType low = rank_dtype(p);
-  const Factors factor = factors(p, call.lora_a, call.lora_b, kernels);
+namespace {
 
-  Product h = rank_down(p, operand(call.x, p.dtype), p.in_features, transposed(factor.a),
-                        call.scaling, call.h);
-  mask(&h, MaskOn::kLeft, call.dropout, drawn_mask(p, call.dropout, kernels, parallel));
-  run_product(h, kernels, parallel);
-
-  Product y;
-  y.rows = p.rows;
-  y.columns = p.out_features;
-  y.depth = p.in_features;
-  y.left = operand(call.x, p.dtype);
-  y.right = weight(p, call.weight, true);
-  y.tail_depth = p.rank;
-  y.tail_left = dense(call.h, p.rank, low);
-  y.tail_right = transposed(factor.b);
-  y.start = call.bias;
-  y.start_dtype = p.dtype;
-  y.out = {call.y, p.out_features, 1, p.dtype};
-  run_product(y, kernels, parallel);
+// h or g: M×r, in the rank dtype.
+Operand low_of(const Problem& p, const void* data, int64_t stride) {
+  return dense(data, stride == 0 ? p.rank : stride, rank_dtype(p));
 }
 
-void run(const BackwardCall& call, Level level, const Parallel& parallel) {
-  const Problem& p = call.problem;
+}  // namespace
+
+void run(std::span<const ForwardCall> calls, Level level, const Parallel& parallel) {
   const Kernels& kernels = kernels_of(level);
-  const DType low = rank_dtype(p);
-  const Factors factor = factors(p, call.lora_a, call.lora_b, kernels);
-  const Operand dy = operand(call.dy, p.dtype);
-  const bool masked = call.dx != nullptr || call.dlora_a != nullptr;
-  const Mask drawn = masked ? drawn_mask(p, call.dropout, kernels, parallel) : Mask{};
+  const std::vector<Factors> factor = factors(calls, kernels);
+  const std::vector<Mask> masks = drawn_masks(calls, kernels, parallel);
+  std::vector<Product> hs, ys;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const ForwardCall& call = calls[i];
+    const Problem& p = call.problem;
+    const Operand x = operand(call.x, p.dtype), low = low_of(p, call.h, call.h_stride);
+    Product h = rank_down(p, x, p.in_features, transposed(factor[i].a), call.scaling,
+                          {call.h, low.row_stride, 1, low.stored});
+    mask(&h, MaskOn::kLeft, call.dropout, masks[i]);
+    hs.push_back(h);
 
-  Product g, db;
-  if (call.dx != nullptr || call.dlora_a != nullptr) {
-    g = rank_down(p, dy, p.out_features, factor.b, call.scaling, call.g);
+    Product y;
+    y.rows = p.rows;
+    y.columns = p.out_features;
+    y.depth = p.in_features;
+    y.left = x;
+    y.right = weight(p, call.weight, true);
+    y.tail_depth = p.rank;
+    y.tail_left = low;
+    y.tail_right = transposed(factor[i].b);
+    y.start = call.bias;
+    y.start_dtype = p.dtype;
+    y.out = {call.y, p.out_features, 1, p.dtype};
+    ys.push_back(y);
   }
-  if (call.dlora_b != nullptr) {
-    db = rank_grad(p, call.h, dy, p.out_features, {call.dlora_b, 1, p.rank, p.adapter_dtype});
-  }
-  run_products(std::array{g, db}, kernels, parallel);
+  run_products(hs, kernels, parallel);
+  run_products(ys, kernels, parallel);
+}
 
-  Product dx, da;
-  if (call.dx != nullptr) {
-    dx.rows = p.rows;
-    dx.columns = p.in_features;
-    dx.depth = p.out_features;
-    dx.left = dy;
-    dx.right = weight(p, call.weight, false);
-    dx.tail_depth = p.rank;
-    dx.tail_left = dense(call.g, p.rank, low);
-    dx.tail_right = factor.a;
-    dx.out = {call.dx, p.in_features, 1, p.dtype};
-    mask(&dx, MaskOn::kTail, call.dropout, drawn);
+void run(std::span<const BackwardCall> calls, Level level, const Parallel& parallel) {
+  const Kernels& kernels = kernels_of(level);
+  const std::vector<Factors> factor = factors(calls, kernels);
+  const std::vector<Mask> masks = drawn_masks(calls, kernels, parallel);
+  std::vector<Product> of_dy, dxs, das;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const BackwardCall& call = calls[i];
+    const Problem& p = call.problem;
+    const Operand dy = operand(call.dy, p.dtype), g = low_of(p, call.g, 0);
+    if (call.dx != nullptr || call.dlora_a != nullptr) {
+      of_dy.push_back(rank_down(p, dy, p.out_features, factor[i].b, call.scaling,
+                                {call.g, p.rank, 1, g.stored}));
+    }
+    if (call.dlora_b != nullptr) {
+      of_dy.push_back(rank_grad(p, low_of(p, call.h, call.h_stride), dy, p.out_features,
+                                {call.dlora_b, 1, p.rank, p.adapter_dtype}));
+    }
+    if (call.dx != nullptr) {
+      Product dx;
+      dx.rows = p.rows;
+      dx.columns = p.in_features;
+      dx.depth = p.out_features;
+      dx.left = dy;
+      dx.right = weight(p, call.weight, false);
+      dx.tail_depth = p.rank;
+      dx.tail_left = g;
+      dx.tail_right = factor[i].a;
+      dx.out = {call.dx, p.in_features, 1, p.dtype};
+      dx.adds = !dxs.empty();
+      mask(&dx, MaskOn::kTail, call.dropout, masks[i]);
+      dxs.push_back(dx);
+    }
+    if (call.dlora_a != nullptr) {
+      Product da = rank_grad(p, g, operand(call.x, p.dtype), p.in_features,
+                             {call.dlora_a, p.in_features, 1, p.adapter_dtype});
+      mask(&da, MaskOn::kRight, call.dropout, masks[i]);
+      das.push_back(da);
+    }
   }
-  if (call.dlora_a != nullptr) {
-    da = rank_grad(p, call.g, operand(call.x, p.dtype), p.in_features,
-                   {call.dlora_a, p.in_features, 1, p.adapter_dtype});
-    mask(&da, MaskOn::kRight, call.dropout, drawn);
-  }
-  run_products(std::array{dx, da}, kernels, parallel);
+  run_products(of_dy, kernels, parallel);
+  dxs.insert(dxs.end(), das.begin(), das.end());
+  run_products(dxs, kernels, parallel);
 }
 
 }  // namespace fused_lora::cpu::fused

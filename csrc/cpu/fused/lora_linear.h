@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace fused_lora::cpu::fused {
 
@@ -70,8 +71,9 @@ struct ForwardCall {
   const void* bias = nullptr;  // N, or none
   float scaling = 1.0f;
   Dropout dropout;
-  void* y = nullptr;  // M×N, dense
-  void* h = nullptr;  // M×r, dense, in rank_dtype
+  void* y = nullptr;     // M×N, dense
+  void* h = nullptr;     // M×r, in rank_dtype
+  int64_t h_stride = 0;  // of h's rows; 0: they lie dense
 };
 
 // dx, dlora_a and dlora_b may each be null: then it is not computed, and neither is what only it
@@ -83,7 +85,8 @@ struct BackwardCall {
   MatrixView weight;        // N×K
   MatrixView lora_a;        // r×K
   MatrixView lora_b;        // N×r
-  const void* h = nullptr;  // M×r, dense, in rank_dtype
+  const void* h = nullptr;  // M×r, in rank_dtype
+  int64_t h_stride = 0;     // of h's rows; 0: they lie dense
   float scaling = 1.0f;
   Dropout dropout;
   void* g = nullptr;        // M×r, dense, in rank_dtype: the caller's scratch, for dx and dlora_a
@@ -101,7 +104,10 @@ struct Parallel {
   int threads = 1;  // how many there are to feed; decides the cut, never the result
 };
 
-void run(const ForwardCall& call, Level level, const Parallel& parallel);
-void run(const BackwardCall& call, Level level, const Parallel& parallel);
+// Calls of one x, whose rows are read while they are near for all of them. In a backward the calls'
+// dx, where not null, are one: each later call adds its own to what is there, and an addition
+// rounds once to dtype.
+void run(std::span<const ForwardCall> calls, Level level, const Parallel& parallel);
+void run(std::span<const BackwardCall> calls, Level level, const Parallel& parallel);
 
 }  // namespace fused_lora::cpu::fused

@@ -299,8 +299,7 @@ class Forward : Batch {
       const Factors& factors = factors_of(segment);
       products.push_back(rank_down(problem_of(segment), from_row(x, row), p_.in_features,
                                    transposed(factors.a), factors.scaling,
-                                   at(h, row * widest_, low_)));
-      products.back().out.row_stride = widest_;
+                                   {at(h, row * widest_, low_), widest_, 1, low_}));
       mask(&products.back(), MaskOn::kLeft, dropout_, from_row(drawn_, segment.begin));
     }
     run_products(products, kernels_, parallel_);
@@ -376,8 +375,7 @@ class Backward : Batch {
       const Factors& factors = factors_of(segment);
       products.push_back(rank_down(problem_of(segment), from_row(dy, segment.begin),
                                    p_.out_features, factors.b, factors.scaling,
-                                   at(g, segment.begin * widest_, low_)));
-      products.back().out.row_stride = widest_;
+                                   {at(g, segment.begin * widest_, low_), widest_, 1, low_}));
     }
     run_products(products, kernels_, parallel_);
   }
@@ -406,9 +404,8 @@ class Backward : Batch {
     for (const Segment& segment : grouping_.segments) {
       if (!segment.adapted() || adapters_[segment.adapter].da == nullptr) continue;
       products.push_back(rank_grad(
-          problem_of(segment), at(g, segment.begin * widest_, low_), from_row(x, segment.begin),
+          problem_of(segment), from_row(low(g), segment.begin), from_row(x, segment.begin),
           p_.in_features, {adapters_[segment.adapter].da, p_.in_features, 1, p_.adapter_dtype}));
-      products.back().left.column_stride = widest_;
       mask(&products.back(), MaskOn::kRight, dropout_, from_row(drawn_, segment.begin));
     }
     run_products(products, kernels_, parallel_);
@@ -420,10 +417,10 @@ class Backward : Batch {
       if (!segment.adapted() || adapters_[segment.adapter].db == nullptr) continue;
       const Factors& factors = factors_of(segment);
       products.push_back(
-          rank_grad(problem_of(segment), at(h.data, segment.begin * p_.rank + factors.begin, low_),
+          rank_grad(problem_of(segment),
+                    dense(at(h.data, segment.begin * p_.rank + factors.begin, low_), p_.rank, low_),
                     from_row(dy, segment.begin), p_.out_features,
                     {adapters_[segment.adapter].db, 1, factors.rank, p_.adapter_dtype}));
-      products.back().left.column_stride = p_.rank;
     }
     run_products(products, kernels_, parallel_);
   }

@@ -1,6 +1,6 @@
 // One product, as the levels compute it, and the table of functions by which a level is called.
 //
-//     out = α · (start + keep ∘ (tail_left · tail_right) · tail_scale + left · right)
+//     out = α · (start + keep ∘ (tail_left · tail_right) · tail_scale + left · right)  [ + out ]
 //
 //     left: rows×depth   right: depth×columns   tail_left: rows×tail_depth
 //     tail_right: tail_depth×columns            start: columns, or rows×columns, or nothing
@@ -65,6 +65,7 @@ struct Product {
   MaskOn mask = MaskOn::kNothing;
   Mask drawn;  // at (row, column) of what the mask falls on
   Output out;
+  bool adds = false;  // to what the output holds; that one's columns then lie in rows
 };
 
 // A part of the output: rows row .. row_end-1, columns column .. column_end-1. column is a multiple

@@ -37,7 +37,8 @@ class Kept {
 };
 
 void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel);
-// Products that do not depend on each other.
+// Products that do not depend on each other, but for those that add to the output of the product
+// before them.
 void run_products(std::span<const Product> products, const Kernels& kernels,
                   const Parallel& parallel);
 
@@ -52,9 +53,9 @@ Operand weight(const Problem& p, const MatrixView& view, bool transposed);
 
 // rows · factor, times alpha: h and g.
 Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
-                  float alpha, void* out);
+                  float alpha, const Output& out);
 // lowᵀ · rows, over all rows: dA, and dB transposed.
-Product rank_grad(const Problem& p, const void* low, const Operand& rows, int64_t columns,
+Product rank_grad(const Problem& p, const Operand& low, const Operand& rows, int64_t columns,
                   const Output& out);
 
 // Draws the mask of x once for the products of a call, in memory of the calling thread: an eighth

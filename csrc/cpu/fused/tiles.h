@@ -189,7 +189,9 @@ void finish(const Product& product, const float* sums, int64_t vectors, int64_t 
     const int64_t at = (row + i) * out.row_stride + column * out.column_stride;
     const float* from = sums + i * vectors * kWidth;
     for (int64_t c = 0; c < whole; c += kWidth) {
-      const F value = load(from + c) * alpha;
+      F value = load(from + c) * alpha;
+      if (product.adds)
+        value = value + (wide ? load(out_f32 + at + c) : load_bf16(out_bf16 + at + c));
       if (wide) {
         store(out_f32 + at + c, value);
       } else {
@@ -197,11 +199,13 @@ void finish(const Product& product, const float* sums, int64_t vectors, int64_t 
       }
     }
     for (int64_t c = whole; c < columns; ++c) {
-      const float value = from[c] * product.alpha;
+      const int64_t place = at + c * out.column_stride;
+      float value = from[c] * product.alpha;
+      if (product.adds) value += wide ? out_f32[place] : widened(out_bf16[place]);
       if (wide) {
-        out_f32[at + c * out.column_stride] = value;
+        out_f32[place] = value;
       } else {
-        out_bf16[at + c * out.column_stride] = rounded(value);
+        out_bf16[place] = rounded(value);
       }
     }
   }

@@ -118,18 +118,27 @@ void Backend::complete(ShapeClass& shape) const {
 }
 
 void Backend::launch(const ForwardCall& call) const {
-  fused::run(call, level(), pool_);
+  launch(std::span(&call, 1));
 }
 
 void Backend::launch(BackwardCall call) const {
-  at::Tensor g;
-  if (call.dx != nullptr || call.dlora_a != nullptr) {
+  launch(std::span(&call, 1));
+}
+
+void Backend::launch(std::span<const ForwardCall> calls) const {
+  fused::run(calls, level(), pool_);
+}
+
+void Backend::launch(std::span<BackwardCall> calls) const {
+  c10::SmallVector<at::Tensor, 4> gs;
+  for (BackwardCall& call : calls) {
+    if (call.dx == nullptr && call.dlora_a == nullptr) continue;
     const bool wide = fused::rank_dtype(call.problem) == fused::DType::kFloat32;
-    g = at::detail::empty_cpu({call.problem.rows, call.problem.rank},
-                              wide ? at::kFloat : at::kBFloat16);
-    call.g = g.mutable_data_ptr();
+    gs.push_back(at::detail::empty_cpu({call.problem.rows, call.problem.rank},
+                                       wide ? at::kFloat : at::kBFloat16));
+    call.g = gs.back().mutable_data_ptr();
   }
-  fused::run(call, level(), pool_);
+  fused::run(calls, level(), pool_);
 }
 
 void Backend::launch(const fused::MixedForwardCall& call) const {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <span>
 #include <string>
 
 #include "composed/rows.h"
@@ -50,6 +51,8 @@ class Backend {
 
   void launch(const ForwardCall& call) const;
   void launch(BackwardCall call) const;
+  void launch(std::span<const ForwardCall> calls) const;
+  void launch(std::span<BackwardCall> calls) const;
   void launch(const fused::MixedForwardCall& call) const;
   void launch(const fused::MixedBackwardCall& call) const;
 
