@@ -12,7 +12,7 @@ those of one call: the next such call drops them. Layers whose result was not ta
 
 What computing together spares is done once for all: sums of gradients, casts of x under autocast and the
 copies of it that are saved. Knowing that one may takes some tens of microseconds of Python. So "auto" does it
-in training, from as many rows on as make that small.
+in training, from as many rows on as make that small; two layers, which spare one sum, under autocast alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fused_lora.ops import lora_linear, lora_linear_grouped
 
 GROUP = "_fused_lora_group"  # in a layer's __dict__, where it has one
 MODES = ("auto", "always", "never")
-FEWEST_ROWS = 256  # that "auto" computes together
+FEWEST_ROWS = 512  # that "auto" computes together
 
 
 class Operands(NamedTuple):
@@ -68,7 +68,7 @@ def compute(layer: Groupable, x: Tensor, operands: Operands) -> Tensor:
     # A traced graph holds the layers' own calls: identities mean nothing there.
     if not torch.compiler.is_compiling():
         group: Group | None = layer.__dict__.get(GROUP)
-        if group is not None and _pays(x, operands):
+        if group is not None and _pays(group, x, operands):
             y = group.output(layer, x, operands)
             if y is not None:
                 return y
@@ -83,13 +83,16 @@ def compute(layer: Groupable, x: Tensor, operands: Operands) -> Tensor:
     )
 
 
-def _pays(x: Tensor, operands: Operands) -> bool:
+def _pays(group: Group, x: Tensor, operands: Operands) -> bool:
     if _asked != "auto":
         return _asked == "always"
     # A backward of one of the outputs frees what was saved for all. Of a tensor that was computed, with what
     # it was computed from, it did so before.
-    computed = not x.is_leaf and torch.is_grad_enabled()
-    return computed and x.numel() >= FEWEST_ROWS * operands.lora_a.shape[1]
+    if x.is_leaf or not torch.is_grad_enabled():
+        return False
+    if x.numel() < FEWEST_ROWS * operands.lora_a.shape[1]:
+        return False
+    return group.size > 2 or torch.is_autocast_enabled(x.device.type)
 
 
 class Group:
@@ -109,6 +112,10 @@ class Group:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Group, ()
+
+    @property
+    def size(self) -> int:
+        return len(self._layers)
 
     def layers(self) -> list[Groupable]:
         return [layer for ref in self._layers if (layer := ref()) is not None]

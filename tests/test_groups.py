@@ -582,6 +582,11 @@ def test_auto_computes_together_in_training_from_many_rows_on():
         assert ops_of(lambda: model(many.detach().requires_grad_())) == {ALONE: 3}
         with torch.no_grad():
             assert ops_of(lambda: model(many)) == {ALONE: 3}
+        two = Attention(lambda model, x: None)
+        add_lora(two, ["q_proj", "k_proj"], r=4)
+        assert ops_of(lambda: two(many)) == {ALONE: 2}
+        with torch.autocast("cpu", dtype=BF16):
+            assert ops_of(lambda: two(many)) == {TOGETHER: 1}
 
 
 def test_a_mode_that_there_is_not():
