@@ -184,3 +184,20 @@ def test_casts_die_with_their_weights():
 
     for _ in range(20):
         call()
+
+
+def test_another_weight_at_the_same_address_is_cast_itself():
+    """As where one's memory was given back, by `untyped_storage().resize_(0)`, and the other's allocated."""
+    given = operands((3,), 16, 16)
+    memory = given.weight.numpy()
+    first, second = torch.from_numpy(memory), torch.from_numpy(memory)
+
+    def call(weight):
+        with torch.autocast("cpu", BF16):
+            return lora_linear(given.x, weight, given.lora_a, given.lora_b)
+
+    before = call(first)
+    memory *= 2
+    assert first.data_ptr() == second.data_ptr()
+    assert not torch.equal(call(second), before)
+    assert torch.equal(call(second), call(given.weight.clone()))

@@ -22,8 +22,10 @@ struct Entry {
   at::Tensor copy;
 
   bool serves(const at::Tensor& weight, at::ScalarType dtype) const {
-    // An expired entry's address may have come back as other memory.
-    return !storage.expired() && version == weight._version() && weight.sizes().equals(sizes) &&
+    // Its address may have come back as another's memory: freed, or given back while the storage
+    // lives.
+    return storage.lock().get() == weight.storage().unsafeGetStorageImpl() &&
+           version == weight._version() && weight.sizes().equals(sizes) &&
            weight.strides().equals(strides) && copy.scalar_type() == dtype;
   }
 };
