@@ -108,7 +108,7 @@ def lora_linear(
 def obstacle(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, dropout_p: float
 ) -> str | None:
-    """Why the op does not serve parameters of which some are DTensors; None where it does."""
+    """Why the op does not serve a sharded weight with these parameters; None where it does."""
     reason = weight_obstacle(weight)
     if reason:
         return reason
@@ -133,9 +133,8 @@ def obstacle(
 
 
 def weight_obstacle(weight: Tensor) -> str | None:
-    """Why no adapter goes beside a weight, out_features×in_features, that is not plain; else None."""
-    if not isinstance(weight, DTensor):
-        return f"its weight is a {type(weight).__name__}, not a plain Parameter"
+    """Why no adapter goes beside a sharded weight, out_features×in_features; None where one does."""
+    assert isinstance(weight, DTensor)
     if layout_of(weight) is None:
         known = " or ".join(f"({layout.weight},)" for layout in LAYOUTS)
         return f"its weight is a DTensor laid out as {weight.placements}, not as {known}"

@@ -30,7 +30,7 @@ class Calls:
     """Of the op, by the layers; and the memory of the weights that they passed."""
 
     def __init__(self):
-        self.weights = []
+        self.weights, self.dtypes = [], []
 
     def __enter__(self):
         self.before = layer.lora_linear
@@ -42,6 +42,7 @@ class Calls:
 
     def __call__(self, x, weight, *args, **options):
         self.weights.append(weight.untyped_storage())
+        self.dtypes.append(weight.dtype)
         return self.before(x, weight, *args, **options)
 
 
@@ -177,7 +178,9 @@ def autocast_sharded(owner):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss_of(one, rank()).backward()
-            loss_of(model, rank()).backward()
+            with Calls() as calls:
+                loss_of(model, rank()).backward()
+        assert calls.dtypes == [torch.bfloat16] * 14  # cast for the call, past the copies that are kept
         of_all = {name: torch.zeros_like(g) for name, g in gradients(one).items()}
         for name, gradient in gradients(one).items():
             torch.distributed.all_reduce(gradient)
