@@ -15,7 +15,8 @@ _MOST = 64
 
 def present(names: tuple[str | None, ...], known: Container[str]) -> tuple[str, ...]:
     """Each name once, in order, of those that are known."""
-    return tuple([name for name in _each_once(names) if name in known])
+    each_once = _each_once.__wrapped__ if torch.compiler.is_compiling() else _each_once
+    return tuple([name for name in each_once(names) if name in known])
 
 
 @functools.lru_cache(maxsize=_MOST)

@@ -152,6 +152,7 @@ INDICES: dict[str, Any] = {
     "in any order": shuffled(40),
     "segments in any order": torch.tensor([2, -1, 0, 3, 1, -1]).repeat_interleave(9),
     "many rows in any order": shuffled(560),
+    "an adapter's many rows, apart": torch.tensor([0, 2, 0]).repeat_interleave(torch.tensor([520, 3, 40])),
     "long segments": torch.tensor([1, -1, 3]).repeat_interleave(torch.tensor([530, 5, 30])),
     "one adapter": torch.ones(33),
     "one row": [2],
@@ -233,6 +234,19 @@ def test_strided_x_gives_what_a_contiguous_copy_gives(view, index, dtype):
     rounding = {"rtol": 2**-7, "atol": 2**-8} if dtype == BF16 else {"rtol": 1e-5, "atol": 1e-5}
     expected = replace(given, x=x.contiguous()).call(lora_linear_mixed)
     torch.testing.assert_close(replace(given, x=x).call(lora_linear_mixed), expected, **rounding)
+
+
+@pytest.mark.parametrize("rows", [9, 300])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_threads_change_no_bit(rows, dtype):
+    given = mixed(shuffled(rows), 200, 300, dtype=dtype, dropout_p=0.1)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(output_and_gradients(given, lora_linear_mixed))
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("transposed", ["weight", "adapters"])
@@ -490,6 +504,18 @@ def test_the_context_leaves_everything_as_it_was():
             output(model, batch)
         assert torch.equal(output(model, batch), outer)
     assert torch.equal(output(model, batch), before)
+
+
+def test_a_layer_compiles_in_the_context():
+    torch.manual_seed(0)
+    layer = LoRALinear(24, 16)
+    for name in ("a", "b"):
+        layer.add_adapter(name, LoRASettings(4))
+        nn.init.normal_(layer.lora_B[name])
+    compiled, x = torch.compile(layer, backend="aot_eager", fullgraph=True), torch.randn(3, 5, 24)
+    for names in (["b", None, "a"], ["a", "a", "b"]):
+        with use_adapters(layer, names):
+            torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_switched_off_adapters_stay_off_in_the_context():

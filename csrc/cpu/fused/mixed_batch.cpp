@@ -84,14 +84,24 @@ int64_t rows_of(Chunk chunk) {
   return chunk.back().end - chunk.front().begin;
 }
 
-// columns: of the product. Several segments begin from what their adapters add, in memory that is
-// to stay small.
+// columns: of the product. Several segments begin from what their adapters add, and rows that are
+// gathered lie in, memory that is to stay small.
 template <typename Visit>
-void for_each_chunk(const std::vector<Segment>& segments, int64_t columns, const Visit& visit) {
+void for_each_chunk(const Grouping& grouping, int64_t columns, const Visit& visit) {
   constexpr int64_t kElements = int64_t{1} << 20, kFewest = 64;
   const int64_t most =
       std::clamp(kElements / std::max<int64_t>(1, columns), kFewest, int64_t{kBlockRows});
+  const std::vector<Segment>& segments = grouping.segments;
   for (auto first = segments.begin(); first != segments.end();) {
+    if (grouping.order() != nullptr && first->rows() > most) {
+      for (Segment part = {first->begin, 0, first->adapter}; part.begin < first->end;) {
+        part.end = std::min(first->end, part.begin + most);
+        visit(Chunk(&part, 1));
+        part.begin = part.end;
+      }
+      ++first;
+      continue;
+    }
     auto last = first + 1;
     while (last != segments.end() && last->end - first->begin <= most) ++last;
     visit(Chunk(first, last));
@@ -253,7 +263,7 @@ class Forward : Batch {
   }
 
   void operator()() const {
-    for_each_chunk(grouping_.segments, p_.out_features, [&](Chunk chunk) { run(chunk); });
+    for_each_chunk(grouping_, p_.out_features, [&](Chunk chunk) { run(chunk); });
   }
 
  private:
@@ -348,8 +358,7 @@ class Backward : Batch {
       run_db(dy, in_order(dense(call_.h, p_.rank, low_), p_.rank, &h_memory));
     }
     if (needs_x_) {
-      for_each_chunk(grouping_.segments, p_.in_features,
-                     [&](Chunk chunk) { run_dx(chunk, dy, g); });
+      for_each_chunk(grouping_, p_.in_features, [&](Chunk chunk) { run_dx(chunk, dy, g); });
     }
     if (needs_a_) {
       run_da(in_order(operand(call_.x, p_.dtype), p_.in_features, &x_memory), g);
