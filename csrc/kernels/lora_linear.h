@@ -165,15 +165,4 @@ struct MaskCall {
 };
 cudaError_t run(const MaskCall& call, cudaStream_t stream);
 
-// A call's row_adapters, of the adapters' own and of each row's index among them; an index that is
-// none, a negative one above all, means no adapter.
-struct RowAdaptersCall {
-  const int64_t* index = nullptr;        // M, in device memory
-  int64_t rows = 0;                      // M
-  const RowAdapter* adapters = nullptr;  // in host memory, read before the call returns
-  int64_t count = 0;
-  RowAdapter* out = nullptr;  // M, in device memory
-};
-cudaError_t run(const RowAdaptersCall& call, cudaStream_t stream);
-
 }  // namespace fused_lora::kernels

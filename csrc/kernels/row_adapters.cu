@@ -1,7 +1,7 @@
 // What rows use of the stacked adapters, from their indices. A thread writes one row.
-#include <algorithm>
+#include "kernels/row_adapters.h"
 
-#include "kernels/lora_linear.h"
+#include <algorithm>
 
 namespace fused_lora::kernels {
 namespace {

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "kernels/row_adapters.h"
 #include "torch/cuda/backend.h"
 #include "torch/mixed_batch/run.h"
 #include "torch/registration.h"
