@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
+from fused_lora.adapter_sum import Adapter, lora_sum
 from fused_lora.gathered import autocast_copy, is_gathered
 from fused_lora.grouped import GROUP, Groupable, Operands, compute
 from fused_lora.mixed_batch import adapter_index, present
@@ -337,12 +338,21 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
                 dropout_p=settings.dropout,
                 training=state["training"],
             )
-        if self._drops_apart():
-            return self._forward_apart(x)
-        # Without masks Σ sᵢ·Bᵢ Aᵢ is one product of concatenated ranks.
-        a = torch.cat([self.lora_A[name] for name in self._active])
-        b = torch.cat([self.settings[name].scaling * self.lora_B[name] for name in self._active], dim=1)
-        return lora_linear(x, weight, a, b, bias)
+        adapters = [
+            Adapter(
+                modules["lora_A"]._parameters[name],
+                modules["lora_B"]._parameters[name],
+                state["settings"][name].scaling,
+                state["settings"][name].dropout if state["training"] else 0.0,
+            )
+            for name in active
+        ]
+        if is_sharded(weight) and any(adapter.dropout_p for adapter in adapters):
+            raise NotImplementedError(
+                f"adapters {active} each drop out by a mask of its own, which is not done beside a sharded "
+                "weight: activate one of them"
+            )
+        return lora_sum(x, weight, bias, adapters)
 
     def _operand(self) -> Tensor:
         """The weight as the op takes it."""
@@ -421,31 +431,6 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
             settings.dropout if self.training else 0.0,
         )
 
-    def _drops_apart(self) -> bool:
-        """Whether several adapters are active, and each draws a mask of its own."""
-        several = len(self._active) > 1 and self.training
-        return several and any(self.settings[name].dropout for name in self._active)
-
-    def _forward_apart(self, x: Tensor) -> Tensor:
-        if is_sharded(self.weight):
-            raise NotImplementedError(
-                f"adapters {self._active} each drop out by a mask of its own, which is not done beside a "
-                "sharded weight: activate one of them"
-            )
-        y: Tensor = self._base_class.forward(self, x)
-        total = y
-        for name in self._active:
-            settings = self.settings[name]
-            total = total + reference.lora_delta(
-                x,
-                self.lora_A[name],
-                self.lora_B[name],
-                scaling=settings.scaling,
-                dropout_p=settings.dropout,
-                seed=seed_on(x.device, None) if settings.dropout else None,
-            )
-        return total.to(y.dtype)
-
     # PacksWeight
 
     def linear_to_pack(self) -> tuple[nn.Module, bool]:
@@ -456,9 +441,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
             return "it is merged"
         if not self._enabled:
             return "its adapters are switched off"
-        if not self._active:
-            return "no adapter of it is active"
-        return "its active adapters drop out each by a mask of its own" if self._drops_apart() else None
+        return None if self._active else "no adapter of it is active"
 
     def extra_repr(self) -> str:
         text = (

@@ -93,7 +93,7 @@ def lora_delta(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     column_offset: int = 0,
