@@ -524,7 +524,14 @@ def linear_obstacle(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
     if weight.dtype not in _FLOATS:
         return f"its weight is {weight.dtype}"
+    if is_partitioned(weight):
+        return "its weight is partitioned (ZeRO-3)"
     return None
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds a Parameter, which has its data only while that gathers it."""
+    return hasattr(parameter, "ds_id")
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:

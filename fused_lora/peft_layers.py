@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from fused_lora.adapter_sum import Adapter, lora_sum
 from fused_lora.gathered import autocast_copy, is_gathered
 from fused_lora.grouped import GROUP, Groupable, Operands, compute, has_hooks
 from fused_lora.grouping import set_grouped, ungroup
-from fused_lora.layer import PLAIN_PARAMETERS, linear_obstacle, operand_of, stores_transposed
+from fused_lora.layer import PLAIN_PARAMETERS, is_partitioned, linear_obstacle, operand_of, stores_transposed
 from fused_lora.mixed_batch import adapter_index, present
-from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed
+from fused_lora.ops import is_sharded, lora_linear_mixed
 from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
@@ -27,69 +29,63 @@ except ImportError as error:
 
 
 class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
-    """peft.tuners.lora.Linear with one fused call for the cases that are trained and served most: one active
-    plain adapter, neither merged nor disabled; and in a batch of adapter_names several such ones. In every
-    other state PEFT's own forward runs."""
+    """peft.tuners.lora.Linear with one fused call for what is trained and served most: plain adapters,
+    neither merged nor disabled, active or named for a batch. In every other state PEFT's own forward runs;
+    `why_not_fused` says which."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
         # What does not fit raises in PEFT's own forward.
-        if names is not None and not args and len(kwargs) == 1 and len(names) == len(x):
+        if names is not None and not args and len(kwargs) == 1 and not x.is_nested and len(names) == len(x):
             batch = tuple(names)
-            mixed = self._fusible_mixture(batch)
+            mixed = _adapters_of_batch(self, batch)
             if mixed:
                 return self._forward_mixed(x, batch, mixed)
-        name = self._fusible_adapter()
-        if args or kwargs or name is None:
-            y: Tensor = super().forward(x, *args, **kwargs)
+        active = _active_adapters(self)
+        if args or kwargs or isinstance(active, str) or x.is_nested:
+            # By its name and not super(): a wrapper may still hold this method after `unfuse`.
+            y: Tensor = PeftLinear.forward(self, x, *args, **kwargs)
             return y
         if GROUP in self.__dict__:
-            operands = self._operands_of(name)
+            operands = _operands_of(self, active)
             if operands is not None:
                 return compute(self, x, operands)
-        base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
-        return lora_linear(
-            x,
-            _operand(base),
-            lora_a._parameters["weight"],  # type: ignore[arg-type]
-            lora_b._parameters["weight"],  # type: ignore[arg-type]
-            base._parameters["bias"],
-            scaling=self.scaling[name],
-            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
-            training=dropout.training,
-        )
-
-    def operands(self) -> Operands | None:
-        name = self._fusible_adapter()
-        return None if name is None else self._operands_of(name)
-
-    def _operands_of(self, name: str) -> Operands | None:
-        base, (lora_a, lora_b, dropout) = _part(self, "base_layer"), _adapter(self, name)
-        weight = held_weight(base)
-        if is_sharded(weight) or is_gathered(base):
-            return None
-        return Operands(
-            weight,
-            stores_transposed(type(base)),
-            lora_a._parameters["weight"],  # type: ignore[arg-type]
-            lora_b._parameters["weight"],  # type: ignore[arg-type]
-            base._parameters["bias"],
-            self.scaling[name],
-            dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
-
-    def _forward_mixed(self, x: Tensor, names: tuple[str, ...], mixed: tuple[str, ...]) -> Tensor:
         base = _part(self, "base_layer")
-        lora_a, lora_b = _part(self, "lora_A")._modules, _part(self, "lora_B")._modules
+        y = lora_sum(x, _operand(base), base._parameters["bias"], [parts.operands() for parts in active])
+        # lora_bias
+        biased = [parts for parts in active if parts.b._parameters["bias"] is not None]
+        if biased:
+            y = (y + sum(parts.scaling * parts.b._parameters["bias"] for parts in biased)).to(y.dtype)
+        return y
+
+    def _forward_mixed(self, x: Tensor, batch: tuple[str, ...], mixed: list[AdapterParts]) -> Tensor:
+        base = _part(self, "base_layer")
         return lora_linear_mixed(
             x,
             _operand(base),
-            [lora_a[name]._parameters["weight"] for name in mixed],  # type: ignore[union-attr, misc]
-            [lora_b[name]._parameters["weight"] for name in mixed],  # type: ignore[union-attr, misc]
-            adapter_index(names, mixed, x.device),
+            [parts.a._parameters["weight"] for parts in mixed],  # type: ignore[misc]
+            [parts.b._parameters["weight"] for parts in mixed],  # type: ignore[misc]
+            adapter_index(batch, tuple(parts.name for parts in mixed), x.device),
             base._parameters["bias"],
-            scaling=[self.scaling[name] for name in mixed],
+            scaling=[parts.scaling for parts in mixed],
         )
+
+    def operands(self) -> Operands | None:
+        active = _active_adapters(self)
+        return None if isinstance(active, str) else _operands_of(self, active)
+
+    def why_not_fused(self) -> str | None:
+        """Why a call would now run PEFT's own forward; None where it would run fused.
+
+        Besides, PEFT's own forward runs for nested tensors, for calls with other arguments than
+        `adapter_names`, and where those name an adapter that does not run fused.
+        """
+        active = _active_adapters(self)
+        return active if isinstance(active, str) else None
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)
+        self._weight_changed()  # some initial adapters are taken out of the weight
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         super().merge(*args, **kwargs)
@@ -101,56 +97,49 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
 
     def _weight_changed(self) -> None:
         # PEFT writes through weight.data, past the version counter that casts of the weight are kept by.
-        torch.autograd.graph.increment_version(self.get_base_layer().weight)
+        weight = self.get_base_layer().weight
+        if not weight.is_inference():  # has no version, and no cast of it is kept
+            torch.autograd.graph.increment_version(weight)
 
     def linear_to_pack(self) -> tuple[nn.Module, bool]:
         return self.base_layer, stores_transposed(type(self.base_layer))
 
     def needs_plain_weight(self) -> str | None:
-        if self.merged:
-            return "it is merged"
-        if self.disable_adapters:
-            return "its adapters are switched off"
-        return None if self._fusible_adapter() else "its active adapters do not run fused"
+        return self.why_not_fused()
 
-    def _fusible_adapter(self) -> str | None:
-        """The one active adapter, where the fused op computes what PEFT would; else None."""
-        if self.disable_adapters or self.merged or base_obstacle(_part(self, "base_layer")) is not None:
-            return None
-        adapters = _part(self, "lora_A")._modules
-        active: list[str] = [name for name in self.active_adapters if name in adapters]
-        if len(active) != 1:
-            return None
-        (name,) = active
-        reason = adapter_obstacle(self, name) or parameters_obstacle(self, name)
-        return name if reason is None else None
 
-    def _fusible_mixture(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """The adapters that a batch uses here, where the fused op computes what PEFT would; else none."""
-        base = _part(self, "base_layer")
-        if self.disable_adapters or self.merged or base_obstacle(base) or is_sharded(held_weight(base)):
-            return ()
-        lora_a, dropouts = _part(self, "lora_A")._modules, _part(self, "lora_dropout")._modules
-        mixed = present(names, lora_a)
-        dtypes = set()
-        for name in mixed:
-            # PEFT draws a mask for each adapter's rows, if one were to train so.
-            dropout = dropouts[name]
-            if type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0:
-                return ()
-            if adapter_obstacle(self, name) or parameters_obstacle(self, name):
-                return ()
-            dtypes.add(held_weight(lora_a[name]).dtype)  # type: ignore[arg-type]
-        return mixed if len(dtypes) == 1 else ()
+class AdapterParts(NamedTuple):
+    """What PEFT computes one adapter of a layer from."""
+
+    name: str
+    a: nn.Module
+    b: nn.Module
+    dropout: nn.Module
+    scaling: Any
+
+    @staticmethod
+    def of(layer: Any, name: str) -> AdapterParts:
+        # Past nn.Module's own lookup, as all below that runs at every call: it takes up to 1 µs each.
+        modules = layer._modules
+        a, b, dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
+        return AdapterParts(
+            name, a._modules[name], b._modules[name], dropout._modules[name], layer.scaling[name]
+        )
+
+    def operands(self) -> Adapter:
+        drops = self.dropout.training and type(self.dropout) is nn.Dropout
+        a, b = self.a._parameters["weight"], self.b._parameters["weight"]
+        return Adapter(a, b, self.scaling, self.dropout.p if drops else 0.0)  # type: ignore[arg-type]
 
 
 def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
     """Makes the LoRA layers of a PEFT model fused, in place: keys, files and PEFT's methods stay.
 
-    Layers that are not covered keep PEFT's own forward and stand in the report with the reason. Layers
-    that PEFT adds later are plain until `fuse` is called again. grouped: compute layers that share an input
-    together (fused_lora.group). Raises ValueError for a model without
-    LoRA layers. `unfuse` undoes it.
+    What is not covered keeps PEFT's own forward and stands in the report with the reason: whole layers,
+    and adapters of a fused layer, for as long as they are active. What changes afterwards is seen at the
+    next call, and `layer.why_not_fused()` tells. Layers that PEFT adds later are plain until `fuse` is
+    called again. grouped: compute layers that share an input together (fused_lora.group). Raises ValueError
+    for a model without LoRA layers. `unfuse` undoes it.
     """
     report = Report("fused PEFT layers")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -161,7 +150,13 @@ def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
         if reason:
             report.skipped.append(Skipped(name, reason))
             continue
-        layer.__class__ = FusedPeftLinear
+        if type(layer) is PeftLinear:
+            layer.__class__ = FusedPeftLinear
+            layer._weight_changed()  # PEFT may have merged or initialised unseen
+        for adapter in layer.lora_A:
+            reason = _obstacle_between_calls(layer, AdapterParts.of(layer, adapter))
+            if reason:
+                report.unfused_adapters.append(Skipped(name, reason))
         size = sum(p.numel() for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
         report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
     report.count_parameters(model)
@@ -171,27 +166,27 @@ def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every fused layer its own class back. Returns `model`."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedPeftLinear)}
+    for name, layer in layers.items():
+        if type(layer) is not FusedPeftLinear:  # as FSDP2 does with a layer that it is given
+            raise ValueError(f"model: {name} was made a {type(layer).__name__} after fuse: undo that first")
     ungroup(model)
-    for module in model.modules():
-        if isinstance(module, FusedPeftLinear):
-            module._weight_changed()  # from here on PEFT may merge unseen
-            module.__class__ = PeftLinear
+    for layer in layers.values():
+        layer._weight_changed()  # from here on PEFT may merge unseen
+        layer.__class__ = PeftLinear
     return model
 
 
 def layer_obstacle(layer: Any) -> str | None:
     """Why a LoRA layer of PEFT's cannot run fused, whichever adapter is active; None where it can."""
-    if type(layer) not in (PeftLinear, FusedPeftLinear):
+    if type(layer) is not PeftLinear and not isinstance(layer, FusedPeftLinear):
         return f"a {type(layer).__module__}.{type(layer).__name__} is not PEFT's plain lora.Linear"
     if "forward" in vars(layer):
         return "its forward is overridden on the instance"
     reason = base_obstacle(layer.base_layer)
     if reason:
         return f"its base layer: {reason}"
-    reasons = [adapter_obstacle(layer, name) for name in layer.lora_A]
-    # What FSDP shards between steps is plain again in forward.
-    if not is_gathered(layer.base_layer):
-        reasons = [r or parameters_obstacle(layer, n) for n, r in zip(layer.lora_A, reasons, strict=True)]
+    reasons = [_obstacle_between_calls(layer, AdapterParts.of(layer, name)) for name in layer.lora_A]
     if reasons and all(reasons):
         return reasons[0]
     return None
@@ -202,63 +197,132 @@ def base_obstacle(base: nn.Module) -> str | None:
     return linear_obstacle(base) or ("it has hooks" if has_hooks(base) else None)
 
 
-def adapter_obstacle(layer: Any, name: str) -> str | None:
-    """Why one adapter of a layer runs PEFT's own forward; None where it runs fused."""
+def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
+    """Why one adapter of a layer runs PEFT's own forward, however its parameters are held; None where it runs
+    fused."""
+    name, lora_a, lora_b, dropout, scaling = parts
     if name in layer.lora_variant:
         return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
-    if layer.lora_bias.get(name):
-        return f"adapter {name!r} has a bias (lora_bias)"
-    lora_a, lora_b, dropout = _adapter(layer, name)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"adapter {name!r} holds a {type(lora_a).__name__} and a {type(lora_b).__name__}"
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"adapter {name!r} drops out by a {type(dropout).__name__}"
-    weight, a = held_weight(_part(layer, "base_layer")), held_weight(lora_a)
-    masters = a.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16)
-    if a.dtype != weight.dtype and not masters:
-        return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
-    if not isinstance(layer.scaling[name], (int, float)):
-        return f"adapter {name!r} has a {type(layer.scaling[name]).__name__} as scaling"
-    if has_hooks(lora_a) or has_hooks(lora_b) or has_hooks(dropout):
-        return f"adapter {name!r} has hooks"
+    if dropout.__dict__.get("inplace"):
+        return f"adapter {name!r} drops out in place"
+    if lora_a._parameters["bias"] is not None:
+        return f"adapter {name!r} has a bias in A"
+    weight = held_weight(_part(layer, "base_layer"))
+    a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
+    if a is None or b is None:
+        return f"adapter {name!r} holds a {type(a).__name__} and a {type(b).__name__}, not plain Parameters"
+    if a.dtype != b.dtype:
+        return f"adapter {name!r} has A in {a.dtype} and B in {b.dtype}"
+    if a.dtype != weight.dtype:
+        if a.dtype != torch.float32 or weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
+        if not getattr(layer, "cast_input_dtype_enabled", True):
+            return f"adapter {name!r} is {a.dtype} and its input is not to be cast"
+    if not isinstance(scaling, (int, float)) and not (type(scaling) is Tensor and scaling.dim() == 0):
+        return f"adapter {name!r} has a {type(scaling).__name__} as scaling, not one number"
+    for part in (lora_a, lora_b, dropout):
+        if "forward" in part.__dict__:
+            return f"adapter {name!r} has a {type(part).__name__} whose forward is overridden on the instance"
+        if has_hooks(part):
+            return f"adapter {name!r} has hooks"
     return None
 
 
-def parameters_obstacle(layer: Any, name: str) -> str | None:
-    """Why the op does not take a layer's parameters as they are held now; None where it does."""
-    base, (lora_a, lora_b, dropout) = _part(layer, "base_layer"), _adapter(layer, name)
-    weight, a, b = held_weight(base), held_weight(lora_a), held_weight(lora_b)
+def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
+    """Why the op does not take an adapter's parameters as they are held now; None where it does."""
+    base = _part(layer, "base_layer")
+    weight, a, b = held_weight(base), held_weight(parts.a), held_weight(parts.b)
     if is_sharded(weight):
         from fused_lora import shards
 
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return shards.obstacle(operand_of(base), a, b, base._parameters["bias"], p)
+        return shards.obstacle(operand_of(base), a, b, base._parameters["bias"], parts.operands().dropout_p)
     if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
-        return f"adapter {name!r} holds a {type(a).__name__}, not plain Parameters"
+        held = f"a {type(a).__name__} and a {type(b).__name__}"
+        return f"adapter {parts.name!r} holds {held}, not plain Parameters"
+    if is_partitioned(a) or is_partitioned(b):
+        return f"adapter {parts.name!r} holds partitioned parameters (ZeRO-3)"
     return None
 
 
-# Verdicts are found anew at every call, since any part may have changed. So the parts are found past
-# nn.Module's own lookup, which takes up to 1 µs each.
+def _obstacle_between_calls(layer: Any, parts: AdapterParts) -> str | None:
+    # What FSDP shards between steps is plain again in forward.
+    reason = adapter_obstacle(layer, parts)
+    return reason or (None if is_gathered(layer.base_layer) else parameters_obstacle(layer, parts))
 
 
-def _part(module: nn.Module, name: str) -> nn.Module:
-    part = module._modules[name]
-    assert part is not None
-    return part
+# Verdicts are found anew at every call, since any part may have changed.
 
 
-def _adapter(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """An adapter's A, B and dropout."""
-    parts = layer._modules
-    return (
-        parts["lora_A"]._modules[name],  # type: ignore[union-attr, return-value]
-        parts["lora_B"]._modules[name],  # type: ignore[union-attr]
-        parts["lora_dropout"]._modules[name],  # type: ignore[union-attr]
-    )
+def _active_adapters(layer: Any) -> list[AdapterParts] | str:
+    """The active adapters, where the fused op computes with them what PEFT would; else why it does not."""
+    if not isinstance(layer, FusedPeftLinear):
+        return "it is not fused"
+    if layer._disable_adapters:
+        return "its adapters are switched off"
+    if layer.merged_adapters:
+        return "it is merged"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "there are hooks on every module"
+    base = _part(layer, "base_layer")
+    reason = base_obstacle(base)
+    if reason is not None:
+        return f"its base layer: {reason}"
+    adapters = _part(layer, "lora_A")._modules
+    active = [AdapterParts.of(layer, name) for name in layer.active_adapters if name in adapters]
+    if not active:
+        return "no adapter of it is active"
+    if is_sharded(held_weight(base)):
+        if len(active) > 1:
+            return "several adapters are active beside a sharded weight"
+        if active[0].b._parameters["bias"] is not None:
+            return f"adapter {active[0].name!r} has a bias (lora_bias) beside a sharded weight"
+    for parts in active:
+        reason = adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts)
+        if reason is not None:
+            return reason
+    return active
+
+
+def _adapters_of_batch(layer: Any, names: tuple[str, ...]) -> list[AdapterParts]:
+    """The adapters that a batch uses here, where the fused op computes what PEFT would; else none."""
+    base = _part(layer, "base_layer")
+    if layer._disable_adapters or layer.merged_adapters or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return []
+    if base_obstacle(base) or is_sharded(held_weight(base)):
+        return []
+    mixed = [AdapterParts.of(layer, name) for name in present(names, _part(layer, "lora_A")._modules)]
+    for parts in mixed:
+        if adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts):
+            return []
+        # PEFT draws a mask for each adapter's rows, if one were to train so.
+        plain = parts.operands().dropout_p == 0.0 and not isinstance(parts.scaling, Tensor)
+        if not plain or parts.b._parameters["bias"] is not None:
+            return []
+    return mixed if len({held_weight(parts.a).dtype for parts in mixed}) == 1 else []
+
+
+def _operands_of(layer: Any, active: list[AdapterParts]) -> Operands | None:
+    """What one call of the op takes, where one call of it computes the layer."""
+    base, (parts, *others) = _part(layer, "base_layer"), active
+    weight, (a, b, scaling, dropout_p) = held_weight(base), parts.operands()
+    plain = not isinstance(scaling, Tensor) and parts.b._parameters["bias"] is None
+    if others or not plain or is_sharded(weight) or is_gathered(base):
+        return None
+    bias = base._parameters["bias"]
+    return Operands(weight, stores_transposed(type(base)), a, b, bias, scaling, dropout_p)
 
 
 def _operand(base: nn.Module) -> Tensor:
     """The base layer's weight as the op takes it."""
     weight = operand_of(base)
     return autocast_copy(weight) if is_gathered(base) else weight
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    part = module._modules[name]
+    assert part is not None
+    return part

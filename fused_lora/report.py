@@ -71,6 +71,7 @@ class Report:
     title: str
     swapped: list[Swapped] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    unfused_adapters: list[Skipped] = field(default_factory=list)  # of layers that were swapped
     groups: list[tuple[str, ...]] = field(default_factory=list)  # the names of layers that share an input
     trained: int = 0
     total: int = 0
@@ -98,6 +99,9 @@ class Report:
         if self.skipped:
             lines.append(f"{len(self.skipped)} left as they are")
             lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.skipped)
+        if self.unfused_adapters:
+            lines.append(f"{len(self.unfused_adapters)} adapters of swapped layers do not run fused")
+            lines += _counted(f"{collapsed(s.name)}: {s.reason}" for s in self.unfused_adapters)
         lines.append(
             f"{self.trained:,} of {self.total:,} parameters train ({100 * self.trained_share:.3f} %)"
         )
