@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 import fused_lora
-from fused_lora import adapter_sum
+from fused_lora import adapter_sum, grouped
 from tests import models
 
 steady = pytest.fixture(models.steady, autouse=True)
@@ -22,5 +22,6 @@ def calls(monkeypatch):
         seen.append(args)
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(adapter_sum, "lora_linear", counted)
+    for module in (adapter_sum, grouped):
+        monkeypatch.setattr(module, "lora_linear", counted)
     return seen
