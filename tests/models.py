@@ -10,6 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fused_lora import adapter_sum, grouped, layer
+
+# By which layers call lora_linear.
+CALLERS = (adapter_sum, grouped, layer)
 F32 = torch.float32
 VOCABULARY = 64
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_lora
-from fused_lora import layer, peft_layers
+from tests import models
 from tests.distributed.models import (
     OWNERS,
     adapted_model,
@@ -33,12 +33,14 @@ class Calls:
         self.weights, self.dtypes = [], []
 
     def __enter__(self):
-        self.before = layer.lora_linear
-        layer.lora_linear = peft_layers.lora_linear = self
+        self.before = fused_lora.lora_linear
+        for module in models.CALLERS:
+            module.lora_linear = self
         return self
 
     def __exit__(self, *_):
-        layer.lora_linear = peft_layers.lora_linear = self.before
+        for module in models.CALLERS:
+            module.lora_linear = self.before
 
     def __call__(self, x, weight, *args, **options):
         self.weights.append(weight.untyped_storage())

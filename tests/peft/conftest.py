@@ -6,7 +6,6 @@ import pytest
 from torch import Tensor
 
 import fused_lora
-from fused_lora import adapter_sum, grouped
 from tests import models
 
 steady = pytest.fixture(models.steady, autouse=True)
@@ -22,6 +21,6 @@ def calls(monkeypatch):
         seen.append(args)
         return run(*args, **kwargs)
 
-    for module in (adapter_sum, grouped):
+    for module in models.CALLERS:
         monkeypatch.setattr(module, "lora_linear", counted)
     return seen
