@@ -542,6 +542,12 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     return in_features, out_features
 
 
+def operand_of(module: nn.Module) -> Tensor:
+    """A plain linear's weight as the op takes it: packed where it is, else as `weight_of` has it."""
+    weight = held_weight(module)
+    return weight.t() if weight.dim() == 2 and stores_transposed(type(module)) else weight
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """A plain linear's weight as out_features×in_features, a view where it is stored otherwise."""
     weight = module.weight

@@ -309,8 +309,9 @@ def _operands_of(layer: Any, active: list[AdapterParts]) -> Operands | None:
     """What one call of the op takes, where one call of it computes the layer."""
     base, (parts, *others) = _part(layer, "base_layer"), active
     weight, (a, b, scaling, dropout_p) = held_weight(base), parts.operands()
-    plain = not isinstance(scaling, Tensor) and parts.b._parameters["bias"] is None
-    if others or not plain or is_sharded(weight) or is_gathered(base):
+    if others or isinstance(scaling, Tensor) or parts.b._parameters["bias"] is not None:
+        return None
+    if is_sharded(weight) or is_gathered(base):
         return None
     bias = base._parameters["bias"]
     return Operands(weight, stores_transposed(type(base)), a, b, bias, scaling, dropout_p)

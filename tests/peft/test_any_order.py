@@ -225,7 +225,12 @@ class PlainAndFused(RuleBasedStateMachine):
         if how == "copy":
             self.fused = copy.deepcopy(self.fused)
         elif how != "pack" or any(layer.why_not_fused() is None for layer in fused_layers(self.fused)):
-            treatment = {"fuse": fuse, "unfuse": unfuse, "pack": fused_lora.pack, "unpack": fused_lora.unpack}
+            treatment: dict[str, Any] = {
+                "fuse": fuse,
+                "unfuse": unfuse,
+                "pack": fused_lora.pack,
+                "unpack": fused_lora.unpack,
+            }
             treatment[how](self.fused)
 
     @invariant()
