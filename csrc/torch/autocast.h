@@ -10,6 +10,10 @@
 
 namespace fused_lora {
 
+// x in `dtype`, by memory that it shares with other casts of it that live; where it may.
+bool may_share_cast(const at::Tensor& x);
+at::Tensor shared_cast(const at::Tensor& x, at::ScalarType dtype);
+
 // While it lives, calls of this thread are out of autocast.
 template <c10::DeviceType kDevice>
 class OutOfAutocast {
@@ -22,9 +26,13 @@ class OutOfAutocast {
     return at::autocast::cached_cast(dtype_, t, kDevice);
   }
 
+  at::Tensor x(const at::Tensor& t) const {
+    const bool shares = is_eligible(t) && t.scalar_type() != dtype_ && may_share_cast(t);
+    return shares ? shared_cast(t, dtype_) : tensor(t);
+  }
+
   at::Tensor weight(const at::Tensor& t) const {
-    const bool eligible = at::autocast::is_eligible(t, kDevice) && t.scalar_type() != at::kDouble;
-    const bool frozen = eligible && t.scalar_type() != dtype_ && !t.requires_grad() &&
+    const bool frozen = is_eligible(t) && t.scalar_type() != dtype_ && !t.requires_grad() &&
                         at::autocast::is_autocast_cache_enabled();
     if (frozen) return cast_cache::cast(t, dtype_);
     return is_packed(t) && t.scalar_type() != dtype_ ? tensor(plain(t)) : tensor(t);
@@ -40,6 +48,10 @@ class OutOfAutocast {
   }
 
  private:
+  static bool is_eligible(const at::Tensor& t) {
+    return at::autocast::is_eligible(t, kDevice) && t.scalar_type() != at::kDouble;
+  }
+
   c10::impl::ExcludeDispatchKeyGuard guard_;
   at::ScalarType dtype_;
 };

@@ -1,9 +1,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +17,7 @@
 #include "torch/packed_weight.h"
 #include "torch/path.h"
 #include "torch/registration.h"
+#include "torch/transforms.h"
 
 namespace fused_lora {
 namespace {
@@ -52,12 +51,6 @@ Tensor out_of_torchs(const Tensor& x, const Tensor& weight, const Tensor& lora_a
   const auto drop = whole_mask(x, weight, lora_a, dropout_p, seed, round_adapters, column_offset);
   return composed::differentiable_forward(x, plain(weight), lora_a, lora_b, bias, scaling, drop,
                                           round_adapters);
-}
-
-// torch includes the key while there is a transform to apply, and takes it away around what the
-// last one has been applied to.
-bool within_torch_func() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 OptionalTensor optional(const Tensor& t) {
@@ -317,8 +310,7 @@ std::vector<Tensor> grouped_with_autograd(const Tensor& x, at::TensorList weight
     if (bias) tensors.push_back(*bias);
   }
   for (const Tensor& weight : weights) check_frozen_if_packed(weight);
-  const auto is_dual = [](const Tensor& t) { return torch::autograd::isFwGradDefined(t); };
-  if (within_torch_func() || std::any_of(tensors.begin(), tensors.end(), is_dual)) {
+  if (within_torch_func() || std::any_of(tensors.begin(), tensors.end(), has_tangent)) {
     return grouped_apart(x, weights, lora_a, lora_b, biases, scalings, dropout_p, seeds,
                          round_adapters);
   }
@@ -340,9 +332,8 @@ Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a
                      double dropout_p, const OptionalTensor& seed, bool round_adapters,
                      int64_t column_offset) {
   check_frozen_if_packed(weight);
-  using torch::autograd::isFwGradDefined;
-  if (within_torch_func() || isFwGradDefined(x) || isFwGradDefined(weight) ||
-      isFwGradDefined(lora_a) || isFwGradDefined(lora_b) || isFwGradDefined(bias)) {
+  if (within_torch_func() || has_tangent(x) || has_tangent(weight) || has_tangent(lora_a) ||
+      has_tangent(lora_b) || (bias && has_tangent(*bias))) {
     return out_of_torchs(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
                          column_offset);
   }

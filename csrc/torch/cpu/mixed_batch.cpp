@@ -1,4 +1,5 @@
 // A batch whose rows belong to different adapters, on the CPU.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu/fused/mixed_batch.h"

@@ -19,7 +19,7 @@ at::Tensor autocast(const at::Tensor& x, const at::Tensor& weight, at::TensorLis
     for (const at::Tensor& one : all) made.push_back(cast.adapter(one));
     return made;
   };
-  const at::Tensor x_cast = cast.tensor(x);
+  const at::Tensor x_cast = cast.x(x);
   return ops::lora_linear_mixed(x_cast, cast.weight(weight), adapters(lora_a), adapters(lora_b),
                                 adapter_index,
                                 bias ? ops::OptionalTensor(cast.tensor(*bias)) : std::nullopt,

@@ -9,6 +9,8 @@
 //       gradients(needed)                      those, once it has run
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include <vector>
 
 #include "composed/mixed_batch.h"
