@@ -194,3 +194,12 @@ def test_expectation_over_seeds_is_the_layer_without_dropout():
     mean = total / n
     deviation = (squares / n - mean.square()).sqrt() / n**0.5
     assert ((mean - lora_linear(*given.tensors)).abs() < 5 * deviation).all()
+
+
+def test_an_empty_batch_drops_nothing():
+    given = operands((0,), dropout_p=0.3)
+    with fused_lora.use_path("fused"):  # auto leaves it to torch
+        y, gradients = forward_and_backward(lora_linear, given)
+    assert y.shape == (0, 16)
+    assert not gradients["lora_a"].any()
+    assert not gradients["lora_b"].any()

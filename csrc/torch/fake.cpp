@@ -75,10 +75,10 @@ std::vector<Tensor> grouped_backward(at::TensorList dy, const OptionalTensor& x,
   std::vector<Tensor> made;
   for (size_t i = 0; i < dy.size(); ++i) {
     const auto needs = [&](size_t k) -> bool { return needed[1 + 4 * i + k]; };
-    const auto [dx, dweight, da, db, dbias] =
-        backward(dy[i], x, weights[i], lora_a[i], lora_b[i], h.get(i), scalings[i], dropout_p[i],
-                 seeds.get(i), round_adapters,
-                 {i == 0 && needed[0], needs(0), needs(1), needs(2), needs(3)});
+    const auto [dx, dweight, da, db, dbias] = backward(
+        dy[i], x, weights[i], lora_a[i], lora_b[i], h.get(i), scalings[i], dropout_p[i],
+        seeds.get(i), round_adapters, {i == 0 && needed[0], needs(0), needs(1), needs(2), needs(3)},
+        /*column_offset=*/0);
     for (const Tensor& gradient : {dx, dweight, da, db, dbias}) {
       if (gradient.defined()) made.push_back(gradient);
     }

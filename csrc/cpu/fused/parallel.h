@@ -10,6 +10,7 @@ namespace fused_lora::cpu::fused {
 // Calls body(begin, end) until every task of 0 .. tasks-1 is done.
 template <typename Body>
 void run_tasks(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (tasks <= 0) return;
   if (parallel.run == nullptr || parallel.threads <= 1 || tasks <= 1) {
     body(int64_t{0}, tasks);
     return;
