@@ -264,10 +264,7 @@ class GradBlock {
         const int64_t column =
             first_column_ + warp() * Traits::kWarpColumns + Left::column(i, half);
         bool kept = column < p_.columns;
-        if (p_.dropout.active()) {
-          const Philox4x32 words = dropout_words(key.seed, row, column / kLanes);
-          kept &= dropout_lane(words, static_cast<int>(column % kLanes)) < key.keep;
-        }
+        if (p_.dropout.active()) kept &= element_kept(key, row, column);
         left[i][half] = kept ? to_float(x[column]) : 0.0f;
       }
     }

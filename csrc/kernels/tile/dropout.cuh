@@ -24,6 +24,18 @@ __device__ __forceinline__ DropoutKey dropout_key(const Dropout& dropout) {
           static_cast<uint64_t>(dropout.first_block)};
 }
 
+// Whether one element is kept. Its word is selected: indexed at run time, the words would lie in
+// memory.
+__device__ __forceinline__ bool element_kept(const DropoutKey& key, uint64_t row, uint64_t column) {
+  const Philox4x32 words = dropout_words(key.seed, row, column / kLanes);
+  uint32_t drawn = 0;
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (column % kLanes == lane) drawn = dropout_lane(words, lane);
+  }
+  return drawn < key.keep;
+}
+
 // A word's two lanes as a mask over two 16-bit elements: all ones where an element is kept.
 __device__ __forceinline__ uint32_t pair_mask(uint32_t word, uint32_t keep) {
   return ((word & 0xffffu) < keep ? 0x0000ffffu : 0u) | ((word >> 16) < keep ? 0xffff0000u : 0u);
