@@ -36,12 +36,12 @@ __attribute__((visibility("default"))) int level_best() {
 
 __attribute__((visibility("default"))) void forward(const ForwardCall* calls, int64_t count,
                                                     int level, int threads) {
-  run(calls, count, static_cast<Level>(level), {run_on_threads, &threads, threads});
+  run(std::span(calls, count), static_cast<Level>(level), {run_on_threads, &threads, threads});
 }
 
 __attribute__((visibility("default"))) void backward(const BackwardCall* calls, int64_t count,
                                                      int level, int threads) {
-  run(calls, count, static_cast<Level>(level), {run_on_threads, &threads, threads});
+  run(std::span(calls, count), static_cast<Level>(level), {run_on_threads, &threads, threads});
 }
 
 __attribute__((visibility("default"))) int weight_fits_panels(int64_t out_features,
