@@ -85,7 +85,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, bool]]:
     """The parameters of an adapted layer: who holds it, its name there, its operand, and whether it is stored
-    transposed. Raises TypeError for a layer that does not run fused, by the reason."""
+    transposed. Raises TypeError for a layer that does not run fused beside a split weight, by the reason."""
     if isinstance(module, LoRALinear):
         if module.merged:
             raise RuntimeError("the layer is merged: unmerge it before it is split")
@@ -104,6 +104,8 @@ def _parts(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, bool]]:
         base = layer.base_layer
         transposed = stores_transposed(type(base))
         for name in layer.lora_A:
+            if layer.lora_B[name].bias is not None:
+                raise TypeError(f"it is not split: adapter {name!r} has a bias (lora_bias)")
             yield layer.lora_A[name], "weight", "lora_a", False
             yield layer.lora_B[name], "weight", "lora_b", False
     yield base, "weight", "weight", transposed

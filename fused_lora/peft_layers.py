@@ -215,6 +215,8 @@ def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
     a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if a is None or b is None:
         return f"adapter {name!r} holds a {type(a).__name__} and a {type(b).__name__}, not plain Parameters"
+    if is_partitioned(a) or is_partitioned(b):
+        return f"adapter {name!r} holds partitioned parameters (ZeRO-3)"
     if a.dtype != b.dtype:
         return f"adapter {name!r} has A in {a.dtype} and B in {b.dtype}"
     if a.dtype != weight.dtype:
@@ -243,8 +245,6 @@ def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
     if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
         held = f"a {type(a).__name__} and a {type(b).__name__}"
         return f"adapter {parts.name!r} holds {held}, not plain Parameters"
-    if is_partitioned(a) or is_partitioned(b):
-        return f"adapter {parts.name!r} holds partitioned parameters (ZeRO-3)"
     return None
 
 

@@ -9,7 +9,7 @@
 //     empty(sizes, like, dtype)       memory of torch's allocator, on the device of a tensor
 //     complete(shape)                 adds to a class what else a choice depends on
 //     presumed_faster(call), capturing(), time(fused, composed), launch(call)
-//     launch(calls)                   if it can launch calls of one x together
+//     launch_together(calls)          if it can launch calls of one x together
 //     (torch/run_grouped.h)
 #pragma once
 

@@ -22,7 +22,7 @@ struct GroupedOps {
   using BackwardCall = typename Backend::BackwardCall;
   template <typename Call>
   static constexpr bool kTogether =
-      requires(const Backend& backend, std::span<Call> calls) { backend.launch(calls); };
+      requires(const Backend& backend, std::span<Call> calls) { backend.launch_together(calls); };
 
   static std::tuple<std::vector<at::Tensor>, at::Tensor> forward(
       const at::Tensor& x, at::TensorList weights, at::TensorList lora_a, at::TensorList lora_b,
@@ -130,7 +130,7 @@ struct GroupedOps {
           ys.push_back(members[i].y());
           column += rank;
         }
-        Backend(rows).launch(calls);
+        Backend(rows).launch_together(calls);
         return {std::move(ys), h};
       }
     }
@@ -168,7 +168,7 @@ struct GroupedOps {
         for (size_t i = 0; i < members.size(); ++i) {
           if (has_work(needed[i])) calls.push_back(members[i].into(dx));
         }
-        Backend(dys[0]).launch(calls);
+        Backend(dys[0]).launch_together(calls);
         for (auto& member : members) made.push_back(member.gradients());
         return made;
       }

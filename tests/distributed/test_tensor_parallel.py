@@ -363,11 +363,11 @@ def plain_styles():
         torch.manual_seed(0)
         split = parallelize_module(torch.nn.Linear(16, 8), mesh, style)
         torch.testing.assert_close(split(x), right)
-    dora = peft_model(plain_model()).base_model.model.model.layers[0].mlp.up_proj
-    dora.lora_bias["default"] = True
-    with pytest.raises(TypeError, match="does not run fused, and is not split: adapter 'default' has a bias"):
-        parallelize_module(dora, mesh, ColwiseLoRA())
-    assert not isinstance(dora.base_layer.weight, DTensor)
+    biased = peft_model(plain_model()).base_model.model.model.layers[0].mlp.up_proj
+    biased.lora_B["default"].bias = torch.nn.Parameter(torch.zeros(biased.out_features))
+    with pytest.raises(TypeError, match="it is not split: adapter 'default' has a bias"):
+        parallelize_module(biased, mesh, ColwiseLoRA())
+    assert not isinstance(biased.base_layer.weight, DTensor)
 
 
 def test_the_styles_serve_plain_layers_too(pair):

@@ -118,18 +118,18 @@ void Backend::complete(ShapeClass& shape) const {
 }
 
 void Backend::launch(const ForwardCall& call) const {
-  launch(std::span(&call, 1));
+  launch_together(std::span(&call, 1));
 }
 
 void Backend::launch(BackwardCall call) const {
-  launch(std::span(&call, 1));
+  launch_together(std::span(&call, 1));
 }
 
-void Backend::launch(std::span<const ForwardCall> calls) const {
+void Backend::launch_together(std::span<const ForwardCall> calls) const {
   fused::run(calls, level(), pool_);
 }
 
-void Backend::launch(std::span<BackwardCall> calls) const {
+void Backend::launch_together(std::span<BackwardCall> calls) const {
   c10::SmallVector<at::Tensor, 4> gs;
   for (BackwardCall& call : calls) {
     if (call.dx == nullptr && call.dlora_a == nullptr) continue;

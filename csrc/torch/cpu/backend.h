@@ -51,10 +51,10 @@ class Backend {
 
   void launch(const ForwardCall& call) const;
   void launch(BackwardCall call) const;
-  void launch(std::span<const ForwardCall> calls) const;
-  void launch(std::span<BackwardCall> calls) const;
   void launch(const fused::MixedForwardCall& call) const;
   void launch(const fused::MixedBackwardCall& call) const;
+  void launch_together(std::span<const ForwardCall> calls) const;
+  void launch_together(std::span<BackwardCall> calls) const;
 
  private:
   fused::Parallel pool_;
