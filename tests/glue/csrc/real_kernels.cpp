@@ -15,3 +15,7 @@ cudaError_t real_backward(const BackwardCall& call, const BackwardPlan& plan, vo
 cudaError_t real_mask(const MaskCall& call, cudaStream_t stream) {
   return run(call, stream);
 }
+
+cudaError_t real_row_adapters(const RowAdaptersCall& call, cudaStream_t stream) {
+  return run(call, stream);
+}

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/plan.h"
+#include "kernels/row_adapters.h"
 
 extern "C" {
 cudaError_t real_forward(const fused_lora::kernels::ForwardCall& call,
@@ -12,4 +13,6 @@ cudaError_t real_backward(const fused_lora::kernels::BackwardCall& call,
                           const fused_lora::kernels::BackwardPlan& plan, void* workspace,
                           cudaStream_t stream);
 cudaError_t real_mask(const fused_lora::kernels::MaskCall& call, cudaStream_t stream);
+cudaError_t real_row_adapters(const fused_lora::kernels::RowAdaptersCall& call,
+                              cudaStream_t stream);
 }

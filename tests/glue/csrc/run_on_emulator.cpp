@@ -17,6 +17,11 @@ void place_dropout(DeviceMemory& memory, Dropout& dropout) {
   dropout.seed = static_cast<const int64_t*>(memory.input("seed", dropout.seed, sizeof(int64_t)));
 }
 
+const RowAdapter* row_adapters(DeviceMemory& memory, const RowAdapter* host, int64_t rows) {
+  const auto bytes = rows * static_cast<int64_t>(sizeof(RowAdapter));
+  return static_cast<const RowAdapter*>(memory.input("row_adapters", host, bytes));
+}
+
 // What a graph captures has not run yet.
 cudaError_t finish(DeviceMemory& memory, cudaError_t error, cudaStream_t stream) {
   if (error == cudaSuccess && !cuda::is_capturing(stream)) memory.fetch();
@@ -39,6 +44,7 @@ cudaError_t run(const ForwardCall& call, const ForwardPlan& plan, void* workspac
   on_device.lora_b = memory.input("lora_b", call.lora_b, p.out_features, p.rank, adapter_bytes);
   on_device.bias = memory.input("bias", call.bias, p.out_features * bytes);
   place_dropout(memory, on_device.dropout);
+  on_device.row_adapters = row_adapters(memory, call.row_adapters, p.rows);
   on_device.y = memory.output("y", call.y, p.rows * p.out_features * bytes);
   on_device.h = memory.output("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
   void* const scratch = memory.workspace(workspace, static_cast<int64_t>(plan.workspace_bytes));
@@ -58,6 +64,7 @@ cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* worksp
   on_device.lora_b = memory.input("lora_b", call.lora_b, p.out_features, p.rank, adapter_bytes);
   on_device.h = memory.input("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
   place_dropout(memory, on_device.dropout);
+  on_device.row_adapters = row_adapters(memory, call.row_adapters, p.rows);
   on_device.dx = memory.output("dx", call.dx, p.rows * p.in_features * bytes);
   on_device.dlora_a =
       memory.output("dlora_a", call.dlora_a, p.rank * p.in_features * adapter_bytes);
@@ -75,6 +82,16 @@ cudaError_t run(const MaskCall& call, cudaStream_t stream) {
   on_device.out = memory.output("mask", call.out,
                                 call.rows * call.columns * kBytes[static_cast<int>(call.dtype)]);
   return finish(memory, real_mask(on_device, stream), stream);
+}
+
+cudaError_t run(const RowAdaptersCall& call, cudaStream_t stream) {
+  DeviceMemory memory;
+  RowAdaptersCall on_device = call;
+  on_device.index = static_cast<const int64_t*>(
+      memory.input("index", call.index, call.rows * static_cast<int64_t>(sizeof(int64_t))));
+  on_device.out = static_cast<RowAdapter*>(memory.output(
+      "row_adapters", call.out, call.rows * static_cast<int64_t>(sizeof(RowAdapter))));
+  return finish(memory, real_row_adapters(on_device, stream), stream);
 }
 
 }  // namespace kernels
