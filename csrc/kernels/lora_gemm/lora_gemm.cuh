@@ -220,8 +220,8 @@ class Block {
   __device__ void mask() {
     const DropoutKey key = dropout_key(p_.dropout);
     const TilePosition position(p_);
-    const uint64_t row = position.row * kTile.rows + warp_row() + lane() / 4;
-    const uint64_t block = (position.column * kTile.columns + warp_column()) / kLanes;
+    const uint32_t row = position.row * kTile.rows + warp_row() + lane() / 4;
+    const uint32_t block = key.block_of(position.column * kTile.columns + warp_column());
 #pragma unroll
     for (int i = 0; i < Traits::kRowFragments; ++i) {
 #pragma unroll

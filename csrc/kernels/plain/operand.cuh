@@ -81,9 +81,9 @@ struct DropoutAlong {
 
   __device__ __forceinline__ explicit DropoutAlong(const Dropout& dropout)
       : key(dropout_key(dropout)), active(dropout.active()) {}
-  // Bit i is set where column 8·block + i of the row is kept.
+  // Bit i is set where column 8·block + i of the row is kept, block counted from x's first.
   __device__ __forceinline__ uint32_t kept(int64_t row, int64_t block) const {
-    const Philox4x32 words = key.words(row, block);
+    const Philox4x32 words = key.words(row, key.block_of(block * kLanes));
     uint32_t bits = 0;
 #pragma unroll
     for (int lane = 0; lane < kLanes; ++lane) {

@@ -35,7 +35,7 @@ struct XFragments {
       if constexpr (sizeof(typename Traits::T) == 2) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const uint4 mask = block_masks(key, row + 16 * m + 8 * h, column / kLanes + t);
+          const uint4 mask = block_masks(key, row + 16 * m + 8 * h, key.block_of(column) + t);
           chunk[m][h][0] &= mask.x, chunk[m][h][1] &= mask.y;
           chunk[m][h][2] &= mask.z, chunk[m][h][3] &= mask.w;
         }
@@ -43,7 +43,8 @@ struct XFragments {
         // A Philox call decides two chunks, those of lanes t and t ^ 1, and both lanes need it for
         // rows g and g+8: the even one draws for row g, the odd one for g+8, and they swap halves.
         const bool odd = t % 2 != 0;
-        const uint4 mask = block_masks(key, row + 16 * m + (odd ? 8 : 0), column / kLanes + t / 2);
+        const uint4 mask =
+            block_masks(key, row + 16 * m + (odd ? 8 : 0), key.block_of(column) + t / 2);
         const uint32_t other0 = __shfl_xor_sync(0xffffffffu, odd ? mask.x : mask.z, 1);
         const uint32_t other1 = __shfl_xor_sync(0xffffffffu, odd ? mask.y : mask.w, 1);
         drop_four(chunk[m][0], odd ? other0 : mask.x, odd ? other1 : mask.y);

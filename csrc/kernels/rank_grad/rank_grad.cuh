@@ -187,7 +187,7 @@ class GradBlock {
   // Zeros what is dropped of this thread's own chunks.
   __device__ void mask(uint32_t tile, const DropoutKey& key, int index) const {
     const uint64_t row = first_row_ + static_cast<int64_t>(index) * kRows + copy_row();
-    const uint64_t block = (first_column_ + copy_chunk() * kElements) / kLanes;
+    const uint64_t block = key.block_of(first_column_ + copy_chunk() * kElements);
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
       for (int i = 0; i < kCopies; ++i) {

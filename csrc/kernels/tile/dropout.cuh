@@ -13,9 +13,14 @@ struct DropoutKey {
   uint32_t keep;
   uint64_t first_block;
 
-  // The words that decide columns 8·block .. 8·block + 7 of a row of x.
+  // The block of the mask that a column of x lies in. 32 bits count the blocks of 2³⁵ columns.
+  __device__ __forceinline__ uint64_t block_of(int64_t column) const {
+    return first_block + static_cast<uint64_t>(column / kLanes);
+  }
+
+  // The words that decide a block's eight columns of a row.
   __device__ __forceinline__ Philox4x32 words(uint64_t row, uint64_t block) const {
-    return dropout_words(seed, row, first_block + block);
+    return dropout_words(seed, row, block);
   }
 };
 
@@ -26,8 +31,8 @@ __device__ __forceinline__ DropoutKey dropout_key(const Dropout& dropout) {
 
 // Whether one element is kept. Its word is selected: indexed at run time, the words would lie in
 // memory.
-__device__ __forceinline__ bool element_kept(const DropoutKey& key, uint64_t row, uint64_t column) {
-  const Philox4x32 words = dropout_words(key.seed, row, column / kLanes);
+__device__ __forceinline__ bool element_kept(const DropoutKey& key, uint64_t row, int64_t column) {
+  const Philox4x32 words = key.words(row, key.block_of(column));
   uint32_t drawn = 0;
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -41,7 +46,7 @@ __device__ __forceinline__ uint32_t pair_mask(uint32_t word, uint32_t keep) {
   return ((word & 0xffffu) < keep ? 0x0000ffffu : 0u) | ((word >> 16) < keep ? 0xffff0000u : 0u);
 }
 
-// Masks of the pairs of columns 8·block + 2i, + 2i+1 of a row, i = 0..3.
+// Masks of the pairs of columns 2i, 2i+1 of a block, i = 0..3.
 __device__ __forceinline__ uint4 block_masks(const DropoutKey& key, uint64_t row, uint64_t block) {
   const Philox4x32 words = key.words(row, block);
   return {pair_mask(words.word[0], key.keep), pair_mask(words.word[1], key.keep),
