@@ -220,6 +220,7 @@ class Block {
   __device__ void mask() {
     const DropoutKey key = dropout_key(p_.dropout);
     const TilePosition position(p_);
+    // In 32 bits, which suffice by far and leave registers to the sums.
     const uint32_t row = position.row * kTile.rows + warp_row() + lane() / 4;
     const uint32_t block = key.block_of(position.column * kTile.columns + warp_column());
 #pragma unroll

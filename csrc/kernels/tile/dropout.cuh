@@ -13,7 +13,7 @@ struct DropoutKey {
   uint32_t keep;
   uint64_t first_block;
 
-  // The block of the mask that a column of x lies in. 32 bits count the blocks of 2³⁵ columns.
+  // The block of the mask that a column of x lies in.
   __device__ __forceinline__ uint64_t block_of(int64_t column) const {
     return first_block + static_cast<uint64_t>(column / kLanes);
   }
