@@ -24,6 +24,10 @@ def test_every_example_runs(tmp_path, monkeypatch, capsys):
         "model": tiny("llama"),
         "peft_model": get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["o_proj"])),
         "linear": nn.Linear(8, 4),
+        "input_ids": torch.ones(3, 5, dtype=torch.int64),
+        # tests/distributed runs it, in processes.
+        "mesh": {"tp": None},
+        "parallelize_module": lambda model, mesh, plan: model,
         **operands,
     }
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
