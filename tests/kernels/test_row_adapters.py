@@ -330,6 +330,30 @@ def test_infinities_of_one_adapter_do_not_reach_another(kernels, name, only_b):
             assert torch.equal(gradient.isfinite(), exact[what].isfinite()), what
 
 
+@pytest.mark.parametrize("name", ["two-reads", "two-reads-masters", "plain"])
+def test_nor_where_x_is_a_shard(kernels, name):
+    """Where a sum is formed again, its mask begins at the shard's column too."""
+    kind, rows, ranks, layout = FAMILIES[name]
+    batch = Batch(ranks, in_turn(rows, len(ranks)))
+    sick = batch.rows_of(0)
+
+    def shard(given, dy):
+        given.options["column_offset"] = 40
+
+    def spoil(given, dy):
+        shard(given, dy)
+        given.x[sick[0]] = float("inf")
+        dy[sick[1], 11] = float("nan")
+
+    sane = call(kernels, kind, batch, 72, 64, spoil=shard, layout=layout, dropout_p=0.5)
+    ill = call(kernels, kind, batch, 72, 64, spoil=spoil, layout=layout, dropout_p=0.5)
+    of_others = torch.ones(batch.rank, dtype=torch.bool)
+    of_others[slice(*batch.window(0))] = False
+    for what, part in {"lora_a": (of_others,), "lora_b": (slice(None), of_others)}.items():
+        ours, theirs = ill.tensors[what][part].double(), sane.tensors[what][part].double()
+        assert (ours - theirs).norm() <= 2.0**-7 * theirs.norm(), what
+
+
 def segments_of_tiles(adapters: int, rows: int) -> list[int]:
     return [adapter for adapter in range(adapters) for _ in range(rows)]
 
