@@ -79,20 +79,14 @@ def lora_linear(
         )
     seed_tensor = None
     if dropout_p != 0.0:
-        check_probability("lora_linear", dropout_p, "dropout_p")
-        if training:
-            seed_tensor = seed_on(x.device, seed)
-        else:
-            dropout_p = 0.0
+        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
     plain = not (torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)))
     serving = paths.serving
     if not (plain and x.device in serving):
         if paths.choose(x.device.type, x.device.index) == "reference":
-            if weight.dim() == 3:
-                weight = reference.unpacked(weight)
             return reference.lora_linear(
                 x,
-                weight,
+                reference.plain(weight),
                 lora_a,
                 lora_b,
                 bias,
@@ -154,17 +148,11 @@ def lora_linear_mixed(
     Raises ValueError and TypeError as lora_linear, and on the CPU IndexError for an adapter_index that is
     not below the number of adapters.
     """
-    check_probability("lora_linear", dropout_p, "dropout_p")
-    if training and dropout_p > 0.0:
-        seed_tensor = seed_on(x.device, seed)
-    else:
-        dropout_p, seed_tensor = 0.0, None
+    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
     if paths.choose(x.device.type, x.device.index) == "reference":
-        if weight.dim() == 3:
-            weight = reference.unpacked(weight)
         return reference.lora_linear_mixed(
             x,
-            weight,
+            reference.plain(weight),
             lora_a,
             lora_b,
             adapter_index,
@@ -249,7 +237,7 @@ def lora_linear_grouped(
         return [
             reference.lora_linear(
                 x,
-                reference.unpacked(weight) if weight.dim() == 3 else weight,
+                reference.plain(weight),
                 *(a, b, bias),
                 scaling=scaling,
                 dropout_p=p,
@@ -273,6 +261,16 @@ def is_sharded(weight: Tensor) -> bool:
         return False
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(weight, tensors.DTensor)
+
+
+def _dropout_of(
+    x: Tensor, dropout_p: float, training: bool, seed: Tensor | int | None
+) -> tuple[float, Tensor | None]:
+    """The probability of a call's dropout, and its seed where it drops anything."""
+    check_probability("lora_linear", dropout_p, "dropout_p")
+    if training and dropout_p > 0.0:
+        return dropout_p, seed_on(x.device, seed)
+    return 0.0, None
 
 
 def seed_on(device: torch.device, seed: Tensor | int | None) -> Tensor:

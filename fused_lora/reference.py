@@ -79,6 +79,11 @@ def lora_linear_mixed(
     return y
 
 
+def plain(weight: Tensor) -> Tensor:
+    """A weight as out_features×in_features, which may be given packed."""
+    return unpacked(weight) if weight.dim() == 3 else weight
+
+
 def unpacked(packed: Tensor) -> Tensor:
     """The weight, out×in, of its panels: out/32 × in/u × 32u, u = 1 in float32 and 2 in bfloat16."""
     check_packed(packed)
