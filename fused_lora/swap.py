@@ -121,14 +121,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Within this context `model` is the frozen model alone."""
     layers = list(_demand(model).values())
     demand_unmerged(model, "disable its adapters")
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
-    try:
+    with _each(layers, "enabled", False):
         yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
 
 
 @contextmanager
@@ -161,14 +155,21 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         if name is not None:
             _demand(model, name)
     demand_unmerged(model, "use several adapters in one batch")
-    before = [layer._batch for layer in layers]
+    with _each(layers, "_batch", batch):
+        yield
+
+
+@contextmanager
+def _each(layers: Sequence[LoRALinear], attribute: str, value: object) -> Iterator[None]:
+    """Within this context an attribute of each layer has the value; afterwards what each had before."""
+    before = [getattr(layer, attribute) for layer in layers]
     for layer in layers:
-        layer._batch = batch
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        for layer, outer in zip(layers, before, strict=True):
-            layer._batch = outer
+        for layer, own in zip(layers, before, strict=True):
+            setattr(layer, attribute, own)
 
 
 def train_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
