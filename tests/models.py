@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
 
+import fused_lora
 from fused_lora import adapter_sum, grouped, layer
 
 # By which layers call lora_linear.
@@ -175,3 +177,18 @@ class Snapshot:
         for name, (identity, trains, values) in self.parameters.items():
             assert now.parameters[name][:2] == (identity, trains), name
             assert torch.equal(now.parameters[name][2], values), name
+
+
+def adapted(kind: str, family: str, dropout: float = 0.1) -> Any:
+    """A whole model with adapters on every linear: ours, or PEFT's that run fused."""
+    model = tiny(family)
+    if kind == "ours":
+        fused_lora.add_lora(model, "all", r=4, dropout=dropout)
+    else:
+        config = peft.LoraConfig(
+            r=4, target_modules="all-linear", lora_dropout=dropout, fan_in_fan_out=family == "gpt2"
+        )
+        model = peft.get_peft_model(model, config)
+        fused_lora.fuse(model)
+    shake(model)
+    return model.train()

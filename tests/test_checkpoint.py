@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import peft
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import fused_lora
 from fused_lora import LoRALinear
 from tests import models
 
@@ -60,18 +58,9 @@ def test_a_selective_checkpoint_may_keep_the_op():
 
 
 def adapted(kind, family):
-    model = models.tiny(family)
+    model = models.adapted(kind, family)
     model.config.use_cache = False
-    if kind == "ours":
-        fused_lora.add_lora(model, "all", r=4, dropout=0.1)
-    else:
-        config = peft.LoraConfig(
-            r=4, target_modules="all-linear", lora_dropout=0.1, fan_in_fan_out=family == "gpt2"
-        )
-        model = peft.get_peft_model(model, config)
-        fused_lora.fuse(model)
-    models.shake(model)
-    return model.train()
+    return model
 
 
 def step(model, call=None, autocast=False):

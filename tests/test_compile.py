@@ -8,7 +8,6 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-import fused_lora
 from fused_lora import LoRALinear, LoRASettings, lora_linear
 from fused_lora.peft_layers import FusedPeftLinear
 from tests import models
@@ -146,21 +145,6 @@ def test_differentiating_a_half_by_hand_is_refused():
         y.sum().backward()
 
 
-def adapted(kind, family):
-    """A whole model with adapters on every linear: ours, or PEFT's that run fused."""
-    model = models.tiny(family)
-    if kind == "ours":
-        fused_lora.add_lora(model, "all", r=4, dropout=0.1)
-    else:
-        config = peft.LoraConfig(
-            r=4, target_modules="all-linear", lora_dropout=0.1, fan_in_fan_out=family == "gpt2"
-        )
-        model = peft.get_peft_model(model, config)
-        fused_lora.fuse(model)
-    models.shake(model)
-    return model.train()
-
-
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -169,7 +153,7 @@ def gradients(model):
 @pytest.mark.parametrize("kind", ["ours", "fused"])
 def test_a_transformers_model_is_one_graph_for_every_batch_and_length(kind, family):
     """Eager and compiled draw the same masks where the compiler leaves torch's generator to torch."""
-    model = adapted(kind, family)
+    model = models.adapted(kind, family)
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     compilations = set()
@@ -190,7 +174,7 @@ def test_a_transformers_model_is_one_graph_for_every_batch_and_length(kind, fami
 
 
 def test_a_scale_an_adapter_or_a_switch_is_compiled_once_for_each():
-    model = adapted("fused", "llama")
+    model = models.adapted("fused", "llama")
     layer = next(m for m in model.modules() if isinstance(m, FusedPeftLinear))
     layer.update_layer(
         "other", r=2, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, config=peft.LoraConfig()

@@ -6,7 +6,6 @@ import io
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -31,17 +30,7 @@ class Logits(nn.Module):
 
 
 def adapted(kind, family):
-    """A whole model with adapters on every linear: ours, or PEFT's that run fused."""
-    model = models.tiny(family)
-    if kind == "ours":
-        fused_lora.add_lora(model, "all", r=4)
-    else:
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=family == "gpt2")
-        )
-        fused_lora.fuse(model)
-    models.shake(model)
-    return model.eval()
+    return models.adapted(kind, family, dropout=0.0).eval()
 
 
 def ops_in(program) -> int:
