@@ -1,7 +1,7 @@
 // dx, dA and dB in at most four launches:
 //
 //     g (and dB's partial sums, where one read of dy for both is fewer bytes)
-//     dx, the frozen GEMM with g·A in its accumulators
+//     dx, the frozen GEMM with g·A in its accumulators, or g·A alone
 //     dA and dB, or dA alone, split over the rows
 //     their partial sums added up
 #include "kernels/lora_gemm/plan_gemm.h"
@@ -30,12 +30,17 @@ RankDown rank_down_stage(const BackwardCall& call) {
 LoraGemm gemm_stage(const BackwardCall& call) {
   const Problem& p = call.problem;
   auto stage = stage_of<LoraGemm>(call);
-  stage.depth = p.out_features;
   stage.columns = p.in_features;
-  stage.x = call.dy;
-  stage.weight = call.weight;
+  if (call.weight.data != nullptr) {
+    stage.depth = p.out_features;
+    stage.x = call.dy;
+    stage.weight = call.weight;
+  }
   stage.dropout = call.dropout;
+  if (call.adds_to_dx) stage.addend = call.dx;
+  stage.addend_stride = p.in_features;
   stage.out = call.dx;
+  stage.out_stride = p.in_features;
   stage.factor = call.lora_a;
   stage.factor_dtype = p.adapter_dtype;
   return stage;
@@ -179,7 +184,8 @@ cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* worksp
 
 bool presumed_faster(const BackwardPlan& plan) {
   return plan.down_obstacle == nullptr && plan.gemm.obstacle == nullptr &&
-         plan.grad_obstacle == nullptr && mma_sync_keeps_up(plan.device, plan.rows);
+         plan.grad_obstacle == nullptr &&
+         (plan.gemm.depth == 0 || mma_sync_keeps_up(plan.device, plan.rows));
 }
 
 std::string describe(const BackwardPlan& plan) {

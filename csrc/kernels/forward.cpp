@@ -1,5 +1,5 @@
-// y in two launches: h from x and A, then the frozen GEMM with h·Bᵀ in its accumulators. Few rows
-// take one.
+// y in two launches: h from x and A, then the frozen GEMM with h·Bᵀ in its accumulators, or h·Bᵀ
+// alone on top of what the frozen layer gave. Few rows take one.
 #include "kernels/lora_gemm/plan_gemm.h"
 #include "kernels/plain/plain.h"
 #include "kernels/rank_down/rank_down.h"
@@ -25,12 +25,18 @@ RankDown rank_down_stage(const ForwardCall& call) {
 LoraGemm gemm_stage(const ForwardCall& call) {
   const Problem& p = call.problem;
   auto stage = stage_of<LoraGemm>(call);
-  stage.depth = p.in_features;
   stage.columns = p.out_features;
-  stage.x = call.x;
-  stage.weight = call.weight.transposed();
-  stage.bias = call.bias;
+  if (call.base == nullptr) {
+    stage.depth = p.in_features;
+    stage.x = call.x;
+    stage.weight = call.weight.transposed();
+    stage.bias = call.bias;
+  } else {
+    stage.addend = call.base;
+    stage.addend_stride = call.base_stride;
+  }
   stage.out = call.y;
+  stage.out_stride = call.y == call.base ? call.base_stride : p.out_features;
   stage.low = call.h;
   stage.factor = call.lora_b.transposed();
   stage.factor_dtype = p.adapter_dtype;
@@ -74,7 +80,7 @@ cudaError_t run(const ForwardCall& call, const ForwardPlan& plan, void* workspac
 
 bool presumed_faster(const ForwardPlan& plan) {
   return plan.down_obstacle == nullptr && plan.gemm.obstacle == nullptr &&
-         mma_sync_keeps_up(plan.device, plan.rows);
+         (plan.gemm.depth == 0 || mma_sync_keeps_up(plan.device, plan.rows));
 }
 
 std::string describe(const ForwardPlan& plan) {

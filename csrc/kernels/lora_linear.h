@@ -5,6 +5,9 @@
 //     g  = s · dy B                   g: M×r
 //     dx = dy W + drop'(g A)          dA = gᵀ drop(x)   dB = dyᵀ h
 //
+// The frozen product may be another's work, that of a quantised layer say: then its result takes
+// the place of x Wᵀ + b, and dx is without dy W, which that layer's own backward gives.
+//
 // Rows may have adapters of their own (common/row_adapter.h): then h and g are zero outside of a
 // row's ranks, and what one adapter or its rows hold, infinities included, reaches neither
 // another's rows nor its gradients.
@@ -92,12 +95,17 @@ struct ForwardCall {
   Dropout dropout;
   // M of them, in device memory; null: every row uses all ranks with the call's scaling.
   const RowAdapter* row_adapters = nullptr;
-  void* y = nullptr;  // M×N, dense
+  // M×N, in dtype, its rows base_stride elements apart: what the frozen layer gave. Then y = base +
+  // h Bᵀ, and weight and bias are not read.
+  const void* base = nullptr;
+  int64_t base_stride = 0;
+  void* y = nullptr;  // M×N, dense; or base itself
   void* h = nullptr;  // M×r, dense, in rank_dtype
 };
 
 // dx, dlora_a and dlora_b may each be null: then it is not computed, and neither is what only it
-// needs. x is read for dlora_a alone, h for dlora_b alone, weight for dx alone.
+// needs. x is read for dlora_a alone, h for dlora_b alone, weight for dx alone: where it is null,
+// dx = drop'(g A).
 struct BackwardCall {
   Problem problem;
   MatrixView dy;            // M×N
@@ -110,6 +118,7 @@ struct BackwardCall {
   Dropout dropout;
   // M of them, in device memory; null: every row uses all ranks with the call's scaling.
   const RowAdapter* row_adapters = nullptr;
+  bool adds_to_dx = false;  // dx holds a gradient already, and this call's is added to it
   void* dx = nullptr;       // M×K, dense, in dtype
   void* dlora_a = nullptr;  // r×K, dense, in adapter_dtype
   void* dlora_b = nullptr;  // N×r, dense, in adapter_dtype

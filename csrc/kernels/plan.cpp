@@ -8,9 +8,8 @@ bool mma_sync_keeps_up(const Device& device, int64_t rows) {
   return (major != 9 && major != 10) || rows <= kRows;
 }
 
-std::string describe_stage(const char* name, Obstacle obstacle) {
-  const std::string text(name);
-  return obstacle == nullptr ? text + ": tensor cores" : text + ": plain, because " + obstacle;
+std::string describe_stage(const std::string& name, Obstacle obstacle) {
+  return obstacle == nullptr ? name + ": tensor cores" : name + ": plain, because " + obstacle;
 }
 
 }  // namespace fused_lora::kernels

@@ -25,6 +25,7 @@ struct Region {
 // The launch of lora_gemm and what the launch before it packs for it.
 struct GemmPlan {
   Obstacle obstacle = nullptr;
+  int64_t depth = 0;  // of the frozen product; 0: there is none
   lora_gemm::TileName tile = lora_gemm::TileName::kLarge;
   Region packed_low, packed_factor;  // empty for the plain kernel
   int64_t packed_factor_stride = 0;
@@ -85,6 +86,6 @@ double common_scaling(const Call& call) {
 bool mma_sync_keeps_up(const Device& device, int64_t rows);
 
 // "rank-down: tensor cores", or "rank-down: plain, because …".
-std::string describe_stage(const char* name, Obstacle obstacle);
+std::string describe_stage(const std::string& name, Obstacle obstacle);
 
 }  // namespace fused_lora::kernels

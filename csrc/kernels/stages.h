@@ -64,19 +64,23 @@ struct RankDown {
   PackFactor partner;
 };
 
-// out = mask ∘ (low · factor) · scale + X · W + bias
-// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask. With row_adapters `low` is zero
+// out = mask ∘ (low · factor) · scale + X · W + bias + addend
+// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask. With a depth of zero X and W are
+// not there, and out is the addend and the low-rank product. With row_adapters `low` is zero
 // outside of a row's ranks, and what `factor` holds there does not reach the row.
 struct LoraGemm {
   Arithmetic arithmetic = Arithmetic::kHalf;
-  DType dtype = DType::kFloat32;  // of X, W, bias and out
+  DType dtype = DType::kFloat32;  // of X, W, bias, addend and out
   int64_t rows = 0, depth = 0, columns = 0, rank = 0;
   MatrixView x;       // rows×depth
   MatrixView weight;  // depth×columns: element (d, c)
   const void* bias = nullptr;
   const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
   Dropout dropout;
-  void* out = nullptr;  // rows×columns, dense
+  const void* addend = nullptr;  // rows×columns, rows addend_stride apart; out itself, or apart
+  int64_t addend_stride = 0;
+  void* out = nullptr;  // rows×columns, rows out_stride apart
+  int64_t out_stride = 0;
   // Tensor-core kernels:
   const void* packed_low = nullptr;     // RankDown::packed
   const void* packed_factor = nullptr;  // PackFactor::packed

@@ -118,30 +118,38 @@ def run_forward(
     given: Operands,
     mode: Mode,
     run_on_stream: Runner = run_directly,
+    *,
+    base: Tensor | None = None,
+    in_place: bool = False,
 ) -> Forward:
-    """x and the matrices as they lie in memory, with whatever strides."""
+    """x and the matrices as they lie in memory, with whatever strides.
+
+    base: what the frozen layer gave; then weight and bias are not even passed. in_place: it becomes y.
+    """
     rows, rank = given.x.shape[0], given.lora_a.shape[0]
     y = torch.empty(rows, given.weight.shape[0], dtype=given.x.dtype)
     h = torch.empty(rows, rank, dtype=rank_dtype(given, mode))
-    arrays: dict[str, Any] = {
-        "x": given.x,
-        "weight": given.weight,
-        "lora_a": given.lora_a,
-        "lora_b": given.lora_b,
-        "y": Output(y),
-        "h": Output(h),
-    }
-    if given.bias is not None:
-        arrays["bias"] = given.bias
+    arrays: dict[str, Any] = {"x": given.x, "lora_a": given.lora_a, "lora_b": given.lora_b}
+    if base is None:
+        arrays["weight"] = given.weight
+        if given.bias is not None:
+            arrays["bias"] = given.bias
+    elif in_place:
+        y = base
+    else:
+        arrays["base"] = base
+    arrays |= {"y": y if in_place else Output(y), "h": Output(h)}
 
     def call(placed: dict[str, Buffer]) -> ForwardCall:
         return ForwardCall(
             problem=_problem(given, mode),
-            **{name: MatrixView.of(placed[name]) for name in ("x", "weight", "lora_a", "lora_b")},
+            **_views(placed, "x", "weight", "lora_a", "lora_b"),
             bias=_address(placed, "bias"),
             scaling=given.options["scaling"],
             dropout=_dropout(given, placed),
             row_adapters=_address(placed, "row_adapters"),
+            base=_address(placed, "y" if in_place else "base"),
+            base_stride=0 if base is None else base.stride(0),
             y=placed["y"].pointer,
             h=placed["h"].pointer,
         )
@@ -158,8 +166,14 @@ def run_backward(
     mode: Mode,
     needs: Sequence[str] = GRADIENTS,
     run_on_stream: Runner = run_directly,
+    *,
+    frozen: bool = True,
+    adds_to: Tensor | None = None,
 ) -> Backward:
-    """The gradients of `needs`. What none of them needs is not even passed."""
+    """The gradients of `needs`. What none of them needs is not even passed.
+
+    frozen: whether dx has the frozen product's part. adds_to: a gradient of x, to which dx is added.
+    """
     arrays: dict[str, Any] = {"dy": dy}
     for name, needed_for in (
         ("x", ("lora_a",)),
@@ -168,7 +182,7 @@ def run_backward(
         ("lora_b", ("x", "lora_a")),
         ("h", ("lora_b",)),
     ):
-        if set(needed_for) & set(needs):
+        if set(needed_for) & set(needs) and (frozen or name != "weight"):
             arrays[name] = h if name == "h" else getattr(given, name)
     gradients = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -176,17 +190,16 @@ def run_backward(
         if name in needs
     }
     arrays |= {f"d{name}": Output(gradient) for name, gradient in gradients.items()}
+    if adds_to is not None:
+        arrays["dx"] = gradients["x"].copy_(adds_to)
 
     def call(placed: dict[str, Buffer]) -> BackwardCall:
         return BackwardCall(
             problem=_problem(given, mode),
-            **{
-                name: MatrixView.of(placed[name])
-                for name in ("dy", "x", "weight", "lora_a", "lora_b")
-                if name in placed
-            },
+            **_views(placed, "dy", "x", "weight", "lora_a", "lora_b"),
             scaling=given.options["scaling"],
             dropout=_dropout(given, placed),
+            adds_to_dx=adds_to is not None,
             **{name: _address(placed, name) for name in ("h", "row_adapters", "dx", "dlora_a", "dlora_b")},
         )
 
@@ -205,6 +218,10 @@ def _problem(given: Operands, mode: Mode) -> Problem:
         round_adapters=mode.round_adapters,
         allow_tf32=mode.allow_tf32,
     )
+
+
+def _views(placed: dict[str, Buffer], *names: str) -> dict[str, MatrixView]:
+    return {name: MatrixView.of(placed[name]) for name in names if name in placed}
 
 
 def _address(placed: dict[str, Buffer], name: str) -> int | None:

@@ -102,7 +102,9 @@ class ForwardCall(ctypes.Structure):
         ("bias", _pointer),
         ("scaling", ctypes.c_double),
         ("dropout", Dropout),
-        ("row_adapters y h", _pointer),
+        ("row_adapters base", _pointer),
+        ("base_stride", _int64),
+        ("y h", _pointer),
     )
 
 
@@ -113,7 +115,9 @@ class BackwardCall(ctypes.Structure):
         ("h", _pointer),
         ("scaling", ctypes.c_double),
         ("dropout", Dropout),
-        ("row_adapters dx dlora_a dlora_b", _pointer),
+        ("row_adapters", _pointer),
+        ("adds_to_dx", _bool),
+        ("dx dlora_a dlora_b", _pointer),
     )
 
 
@@ -162,7 +166,10 @@ class LoraGemm(ctypes.Structure):
         ("x weight", MatrixView),
         ("bias row_adapters", _pointer),
         ("dropout", Dropout),
+        ("addend", _pointer),
+        ("addend_stride", _int64),
         ("out", _pointer),
+        ("out_stride", _int64),
         ("packed_low packed_factor", _pointer),
         ("packed_factor_stride", _int64),
         ("low", _pointer),

@@ -112,8 +112,11 @@ def run(
     dropout_p=0.0,
     pitch_gap=0,
     far=None,
+    addend=None,
+    out_gap=0,
     machine=None,
 ):
+    """A depth of zero has no X and no W. addend: one beside out ("apart"), or in its place ("out")."""
     machine = machine or Machine("a100")
     deep = launchers.packed_rank(kind.arithmetic, rank)
     per_chunk = 16 // kind.dtype.itemsize
@@ -130,13 +133,19 @@ def run(
     bias_values = draw(1, columns, kind.dtype, 5)[0] if bias else None
     if bias_values is not None:
         placed["bias"] = bias_values
-    out = torch.empty(rows, columns, dtype=kind.dtype)
+    out = torch.empty(rows, columns + out_gap, dtype=kind.dtype)[:, :columns]
+    added = draw(rows, columns, kind.dtype, 6, columns + out_gap)
+    if addend == "apart":
+        placed["addend"] = added
+    if depth == 0:
+        del placed["x"], placed["weight"]
     _, scale = reference.dropout_rule(dropout_p)
-    with machine.buffers(**placed, out=Output(out)) as buffers, ExitStack() as stack:
-        views = {
-            "x": MatrixView.of(buffers["x"]),
-            "weight": MatrixView.of(buffers["weight"]),
-        }
+    given_out = out.copy_(added) if addend == "out" else Output(out)
+    with machine.buffers(**placed, out=given_out) as buffers, ExitStack() as stack:
+        views = {name: MatrixView.of(buffers[name]) for name in ("x", "weight") if name in buffers}
+        if addend is not None:
+            views |= {"addend": buffers["out" if addend == "out" else "addend"].pointer}
+            views |= {"addend_stride": added.stride(0)}
         for name, stride in (far or {}).items():
             if name == "weight" and depth_contiguous:
                 views[name] = stack.enter_context(far_apart(machine, weight.t(), stride)).transposed()
@@ -153,6 +162,7 @@ def run(
             bias=buffers["bias"].pointer if bias else None,
             dropout=Dropout.of(dropout_p, buffers["seed"].pointer) if dropout_p else Dropout.none(),
             out=buffers["out"].pointer,
+            out_stride=out.stride(0),
             packed_low=buffers["low"].pointer,
             packed_factor=buffers["factor"].pointer,
             packed_factor_stride=factor.stride(1) if depth_contiguous else factor.stride(0),
@@ -169,6 +179,8 @@ def run(
     magnitude = size + kind.rounded(x).abs() @ kind.rounded(weight).abs()
     if bias_values is not None:
         exact = exact + bias_values.double()
+    if addend is not None:
+        exact, magnitude = exact + added.double(), magnitude + added.double().abs()
     return Run(out, exact, magnitude, result)
 
 
@@ -218,8 +230,30 @@ def test_rows_of_the_output_may_begin_anywhere(kind, columns, launchers):
     assert_right(run(launchers, kind, 5, 64, columns, bias=True))
 
 
+@BY_KIND
+@pytest.mark.parametrize("depth", [0, 72])
+@pytest.mark.parametrize("tile", TILES)
+def test_what_is_there_is_added(kind, depth, tile, launchers):
+    """From beside the output and in its place, to a frozen product or to none, and rounded once."""
+    rows, columns = TILES[tile][0] + 9, TILES[tile][1] + 24
+    options = {"rank": 21, "tile": tile, "depth_contiguous": depth == 0, "dropout_p": 0.3, "bias": depth > 0}
+    apart = run(launchers, kind, rows, depth, columns, addend="apart", out_gap=8, **options)
+    assert_right(apart)
+    in_place = run(launchers, kind, rows, depth, columns, addend="out", **options)
+    assert_right(in_place)
+    assert torch.equal(apart.out, in_place.out)
+
+
+@pytest.mark.parametrize(("columns", "out_gap"), [(1, 0), (7, 0), (65, 0), (64, 3), (7, 1)])
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=["bf16", "tf32"])
+def test_its_rows_may_begin_anywhere(kind, columns, out_gap, launchers):
+    for addend in ("apart", "out"):
+        assert_right(run(launchers, kind, 37, 0, columns, addend=addend, out_gap=out_gap))
+
+
 def test_one_row_and_one_column(launchers):
     assert_right(run(launchers, KINDS[0], 1, 64, 1, tile=FEW_ROWS))
+    assert_right(run(launchers, KINDS[0], 1, 0, 1, tile=FEW_ROWS, addend="out"))
 
 
 @pytest.mark.parametrize("depth_contiguous", [True, False])
@@ -253,6 +287,21 @@ def test_aligned_shapes_waste_no_sector_and_have_no_bank_conflict(kind, depth_co
     assert launch.buffers["weight"].unique_read == launch.buffers["weight"].bytes_read
     assert launch.buffers["out"].bytes_written == launch.buffers["out"].unique_written
     assert launch.buffers["out"].unique_written == rows * columns * itemsize
+
+
+@BY_KIND
+@pytest.mark.parametrize("depth", [0, 64])
+@pytest.mark.parametrize("tile", TILES)
+def test_what_is_there_is_read_once_and_by_whole_sectors(kind, depth, tile, launchers):
+    rows, columns = TILES[tile][0], 2 * TILES[tile][1]
+    result = run(launchers, kind, rows, depth, columns, tile=tile, addend="out")
+    assert_right(result)
+    launch = result.launch
+    assert launch.total("sectors") == launch.total("ideal_sectors") > 0
+    assert launch.total("wavefronts") == launch.total("ideal_wavefronts") > 0
+    out = launch.buffers["out"]
+    size = rows * columns * kind.dtype.itemsize
+    assert out.bytes_read == out.unique_read == out.bytes_written == out.unique_written == size
 
 
 def test_it_moves_what_cutlass_moves_and_the_low_rank_operands(launchers):
@@ -312,6 +361,7 @@ def test_the_same_bits_in_any_order_of_the_blocks(launchers):
         (KINDS[0], LARGE, {"dropout_p": 0.3}),
         (KINDS[0], FEW_ROWS, {"depth_contiguous": False}),
         (KINDS[3], MEDIUM, {"bias": True}),
+        (KINDS[0], MEDIUM, {"addend": "out"}),
     ],
     ids=str,
 )
@@ -320,6 +370,15 @@ def test_every_synchronisation_is_needed(kind, tile, options, launchers):
 
     def launch(machine):
         return run(launchers, kind, 32, depth, 64, tile=tile, machine=machine, **options).result
+
+    assert not unnoticed_mutants(launch)
+
+
+def test_every_synchronisation_is_needed_where_there_is_no_frozen_product(launchers):
+    def launch(machine):
+        return run(
+            launchers, KINDS[0], 32, 0, 64, rank=12 * 32, addend="apart", dropout_p=0.3, machine=machine
+        ).result
 
     assert not unnoticed_mutants(launch)
 

@@ -144,9 +144,14 @@ def check_rank_down(machine, plain, kind, rows, columns, rank, *, p=0.0, x="rows
     return out, result
 
 
-def lora_gemm(machine, plain, kind, low, factor, x, weight, bias, *, p=0.0):
-    out = torch.empty(x.shape[0], weight.shape[1], dtype=kind.dtype)
-    arrays = {"low": low, "factor": factor, "x": x, "weight": weight, "out": Output(out)}
+def lora_gemm(machine, plain, kind, low, factor, x, weight, bias, *, p=0.0, addend=None, in_place=False):
+    """x and weight may have a depth of zero. in_place: the addend becomes the output."""
+    out = addend if in_place else torch.empty(x.shape[0], weight.shape[1], dtype=kind.dtype)
+    arrays = {"low": low, "factor": factor, "out": out if in_place else Output(out)}
+    if x.numel():
+        arrays |= {"x": x, "weight": weight}
+    if addend is not None and not in_place:
+        arrays["addend"] = addend
     if bias is not None:
         arrays["bias"] = bias
     with machine.buffers(**arrays) as placed, dropout(machine, p) as rule:
@@ -157,11 +162,13 @@ def lora_gemm(machine, plain, kind, low, factor, x, weight, bias, *, p=0.0):
             depth=x.shape[1],
             columns=weight.shape[1],
             rank=low.shape[1],
-            x=MatrixView.of(placed["x"]),
-            weight=MatrixView.of(placed["weight"]),
+            **{name: MatrixView.of(placed[name]) for name in ("x", "weight") if name in placed},
             bias=placed["bias"].pointer if bias is not None else None,
             dropout=rule,
+            addend=placed["out" if in_place else "addend"].pointer if addend is not None else None,
+            addend_stride=0 if addend is None else addend.stride(0),
             out=placed["out"].pointer,
+            out_stride=out.stride(0),
             low=placed["low"].pointer,
             factor=MatrixView.of(placed["factor"]),
             factor_dtype=DTYPE_OF[kind.adapters],
@@ -172,17 +179,36 @@ def lora_gemm(machine, plain, kind, low, factor, x, weight, bias, *, p=0.0):
 
 
 def check_lora_gemm(
-    machine, plain, kind, rows, depth, columns, rank, *, p=0.0, bias=True, layouts=("rows", "columns", "rows")
+    machine,
+    plain,
+    kind,
+    rows,
+    depth,
+    columns,
+    rank,
+    *,
+    p=0.0,
+    bias=True,
+    layouts=("rows", "columns", "rows"),
+    addend=None,
+    in_place=False,
 ):
+    """addend: how far apart its rows are, if there is one."""
     x = draw(rows, depth, dtype=kind.dtype, key=1, layout=layouts[0])
     weight = draw(depth, columns, dtype=kind.dtype, key=2, layout=layouts[1])
     low = draw(rows, rank, dtype=kind.rank_dtype, key=3)
     factor = draw(rank, columns, dtype=kind.adapters, key=4, layout=layouts[2])
     added = draw(1, columns, dtype=kind.dtype, key=5)[0] if bias else None
-    out, result = lora_gemm(machine, plain, kind, low, factor, x, weight, added, p=p)
+    there = None
+    if addend is not None:
+        there = torch.full((rows, addend), float("nan"), dtype=kind.dtype)[:, :columns]
+        there.copy_(draw(rows, columns, dtype=kind.dtype, key=6))
+    was = torch.zeros(()) if there is None else there.double()
+    options = {"p": p, "addend": there, "in_place": in_place}
+    out, result = lora_gemm(machine, plain, kind, low, factor, x, weight, added, **options)
     result.assert_clean()
     delta = drop(low.double() @ kind.rounded(factor), p) * (reference.dropout_rule(p)[1] if p else 1)
-    exact = delta + x.double() @ weight.double() + (added.double() if bias else 0)
+    exact = delta + x.double() @ weight.double() + (added.double() if bias else 0) + was
     magnitude = x.double().abs() @ weight.double().abs() + low.double().abs() @ factor.double().abs() * 2
     assert_close(out, exact, magnitude + exact.abs(), "lora-gemm")
     return out, result
@@ -292,6 +318,19 @@ def test_lora_gemm_of_odd_sizes(plain, rows, depth, columns, p):
 )
 def test_lora_gemm_of_any_strides(plain, layouts):
     check_lora_gemm(Machine(), plain, KINDS[3], 21, 70, 39, 24, p=0.3, layouts=layouts)
+
+
+@BY_KIND
+@pytest.mark.parametrize("depth", [0, 19])
+@pytest.mark.parametrize(("columns", "stride"), [(43, 43), (44, 48), (44, 45)])
+@pytest.mark.parametrize("in_place", [False, True], ids=["apart", "in place"])
+def test_what_is_there_is_added(plain, kind, depth, columns, stride, in_place):
+    options = {"p": 0.3, "bias": depth > 0, "addend": stride, "in_place": in_place}
+    _, result = check_lora_gemm(Machine(), plain, kind, 21, depth, columns, 5, **options)
+    out = result.only.buffers["out"]
+    assert out.bytes_written == out.unique_written == 21 * columns * kind.dtype.itemsize
+    there = result.only.buffers["out" if in_place else "addend"]
+    assert there.bytes_read == there.unique_read == out.unique_written
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
@@ -435,6 +474,7 @@ def test_indices_pass_two_to_the_31(plain, wide):
                     weight=far_factor,
                     dropout=Dropout.none(),
                     out=buffers["up"].pointer,
+                    out_stride=up.stride(0),
                     low=buffers["low"].pointer,
                     factor=far_square,
                     factor_dtype=DTYPE_OF[wide],

@@ -38,9 +38,10 @@ int group_shift(int64_t row_tiles) {
 }  // namespace
 }  // namespace lora_gemm
 
-// Where both strides are 1 (a single row or column) either reading is right.
+// Where both strides are 1 (a single row or column) either reading is right. Where there is no W the
+// packed factor is as one whose reduction is contiguous, which may have any number of columns.
 bool lora_gemm_depth_contiguous(const LoraGemm& stage) {
-  return stage.weight.row_stride == 1;
+  return stage.depth == 0 || stage.weight.row_stride == 1;
 }
 
 const char* lora_gemm_obstacle(const LoraGemm& stage) {
@@ -49,7 +50,7 @@ const char* lora_gemm_obstacle(const LoraGemm& stage) {
   if (stage.arithmetic == Arithmetic::kFloat32) return "fp32 arithmetic has no matrix units";
   if (stage.rows > largest || stage.columns > largest || stage.depth > largest)
     return "a dimension is beyond the grid's limits";
-  if (stage.depth == 0) return "there is nothing to reduce";
+  if (stage.depth == 0) return nullptr;
   if (const char* obstacle = row_obstacle(stage.x, stage.rows, stage.depth, bytes, kOfX))
     return obstacle;
   if (stage.weight.row_stride != 1 && stage.weight.column_stride != 1)
@@ -82,7 +83,10 @@ cudaError_t launch_lora_gemm(const LoraGemm& stage, lora_gemm::TileName name, cu
   params.factor_pitch = stage.packed_factor_stride * packed_bytes;
   params.bias = stage.bias;
   params.row_adapters = stage.row_adapters;
+  params.addend = stage.addend;
+  params.addend_pitch = stage.addend_stride * bytes;
   params.out = stage.out;
+  params.out_pitch = stage.out_stride * bytes;
   params.rows = static_cast<int>(stage.rows);
   params.columns = static_cast<int>(stage.columns);
   params.depth = static_cast<int>(stage.depth);

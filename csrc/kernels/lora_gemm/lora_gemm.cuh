@@ -1,7 +1,7 @@
 // The frozen GEMM with the low-rank product in the same accumulators, sm_80 and newer (mma.sync,
 // ldmatrix, cp.async):
 //
-//     out = mask ∘ (low · factor) · scale + X · W + bias
+//     out = mask ∘ (low · factor) · scale + X · W + bias + addend
 //
 //     forward     out = y    low = h (M×r)   factor = Bᵀ   X = x  (M×K)   W: K×N
 //     backward    out = dx   low = g (M×r)   factor = A    X = dy (M×N)   W: N×K, x's mask
@@ -10,7 +10,8 @@
 // They come first: the mask of backward multiplies the accumulators between them and X's tiles. The
 // low-rank operands are zero-padded to whole tiles (stages.h), so that they need no edge of their
 // own. Where rows have adapters of their own (row_adapters), a CTA multiplies the tiles that hold a
-// rank of its rows (rank_tiles.cuh).
+// rank of its rows (rank_tiles.cuh). Where there is no X and no W, a depth of zero, the rank's
+// tiles are all there is: a rank-up, bound by reading the addend and writing out.
 //
 // Layouts. X and low: rows, depth contiguous. W and factor: columns × depth with the depth
 // contiguous (nn.Linear forward, Conv1D backward), or depth × columns (nn.Linear backward, Conv1D
@@ -20,7 +21,7 @@
 // Shared memory, for the large tile in 16 bits, swizzled (tile/swizzle.cuh):
 //
 //     main loop   3 stages × (X 128 × 64 bytes, W 128 × 64 bytes)    48 KiB
-//     epilogue    a warp: 16 rows × 64 elements of out, 4 warps       8 KiB of the same
+//     epilogue    4 warps: each its 64×64 elements of out            32 KiB of the same
 //
 // The main loop holds the sums of a 64×64 warp tile in 128 registers and two steps' fragments in
 // 64, one being multiplied while the other is loaded. It has no branch but its own and no
@@ -243,11 +244,14 @@ class Block {
   __device__ void store() {
     const TilePosition position(p_);
     const Output to = {p_.out,
+                       p_.out_pitch,
                        p_.bias,
                        p_.rows,
                        p_.columns,
                        position.row * kTile.rows + warp_row(),
-                       position.column * kTile.columns + warp_column()};
+                       position.column * kTile.columns + warp_column(),
+                       p_.addend,
+                       p_.addend_pitch};
     __syncthreads();  // the stages have been read, and no copy is under way
     Epilogue<Traits>::store(sums_, to, shared_ + warp() * Epilogue<Traits>::kWarpBytes);
   }

@@ -4,8 +4,9 @@
 
 namespace fused_lora::kernels {
 
-// Why the tensor-core kernel cannot take this stage; null where it can. Looks at x, weight and
-// out's shapes, strides and alignment, not at the packed operands, which the plan places.
+// Why the tensor-core kernel cannot take this stage; null where it can. Looks at the shapes, and at
+// x's and weight's strides and alignment: the packed operands are the plan's to place, and out and
+// what is added to it may lie anywhere.
 const char* lora_gemm_obstacle(const LoraGemm& stage);
 
 // Which of its storage's dimensions W's reduction is: the contiguous one, or the rows.

@@ -11,7 +11,9 @@ struct Params {
   int64_t x_pitch, weight_pitch, low_pitch, factor_pitch;
   const void* bias;                // columns, or null
   const RowAdapter* row_adapters;  // rows, or null
-  void* out;                       // rows×columns, dense
+  const void* addend;              // rows×columns, or null
+  void* out;                       // rows×columns
+  int64_t addend_pitch, out_pitch;
   int rows, columns, depth;
   int rank, parts;  // the packed operands' depth is their product, and zeros to whole tiles
   int group_shift;  // 2^group_shift rows of tiles run together

@@ -7,6 +7,7 @@ namespace fused_lora::kernels {
 GemmPlan plan_gemm(const LoraGemm& stage, Obstacle down_obstacle, const Device& device,
                    WorkspaceLayout& layout) {
   GemmPlan plan;
+  plan.depth = stage.depth;
   plan.obstacle = lora_gemm_obstacle(stage);
   if (plan.obstacle == nullptr) plan.obstacle = down_obstacle;
   if (plan.obstacle != nullptr) return plan;
@@ -45,9 +46,10 @@ cudaError_t launch(const LoraGemm& stage, const GemmPlan& plan, cudaStream_t str
 }
 
 std::string describe(const GemmPlan& plan, Arithmetic arithmetic) {
-  if (plan.obstacle != nullptr) return describe_stage("lora-gemm", plan.obstacle);
+  const std::string name = plan.depth == 0 ? "rank-up" : "lora-gemm";
+  if (plan.obstacle != nullptr) return describe_stage(name, plan.obstacle);
   const lora_gemm::Tile& tile = lora_gemm::tile_of(plan.tile, arithmetic);
-  return "lora-gemm: tensor cores, tiles of " + std::to_string(tile.rows) + "×" +
+  return describe_stage(name, nullptr) + ", tiles of " + std::to_string(tile.rows) + "×" +
          std::to_string(tile.columns) + ", " + std::to_string(tile.stages) + " stages";
 }
 

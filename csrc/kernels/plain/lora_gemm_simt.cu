@@ -1,9 +1,11 @@
-// out = mask ∘ (low · factor) · scale + X · W + bias
+// out = mask ∘ (low · factor) · scale + X · W + bias + addend
 //
-//     X: rows×depth   W: depth×columns   low: rows×rank   factor: rank×columns   out: rows×columns
+//     X: rows×depth   W: depth×columns   low: rows×rank   factor: rank×columns
+//     out and addend: rows×columns
 //
-// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask. X, W, bias and out in T at any
-// strides, out dense; low in the rank dtype, dense; factor in T or fp32, for kHalf rounded to T on
+// y from h, B, x, Wᵀ and b; dx from g, A, dy and W under x's mask; with a depth of zero there is no
+// X and no W. X, W, bias, addend and out in T at any strides, the rows of the last two contiguous;
+// low in the rank dtype, dense; factor in T or fp32, for kHalf rounded to T on
 // the way. Products and sums in fp32.
 //
 // The two products have sums of their own: a sum that began with the low-rank product, which may be
@@ -29,7 +31,10 @@ struct LoraGemmParams {
   const void* bias;
   const RowAdapter* row_adapters;  // or null
   Dropout dropout;
+  const void* addend;  // or null
+  int64_t addend_stride;
   void* out;
+  int64_t out_stride;
 };
 
 // Sums of kept columns times the scale, the others zero. A Philox call decides eight columns, two
@@ -129,7 +134,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
 
   auto* out = static_cast<T*>(p.out);
   const auto* bias = static_cast<const T*>(p.bias);
-  const bool quads = takes_quads(out, p.columns);
+  const auto* addend = static_cast<const T*>(p.addend);
+  const bool quads = takes_quads(out, p.columns, p.out_stride);
+  const bool addend_quads = takes_quads(addend, p.columns, p.addend_stride);
 #pragma unroll
   for (int chunk = 0; chunk < Product<Tile>::kChunks; ++chunk) {
     const int64_t first = column + product.column(chunk);
@@ -142,11 +149,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
     for (int i = 0; i < Tile::kPatch; ++i) {
       const int64_t at = row + product.row(i);
       const float* sums = product.sums[i] + 4 * chunk;
-      if (at < p.rows) {
-        store_four(
-            out + at * p.columns, first, p.columns, quads,
-            {sums[0] + added[0], sums[1] + added[1], sums[2] + added[2], sums[3] + added[3]});
+      if (at >= p.rows) continue;
+      float values[4] = {};
+      if (addend != nullptr) {
+        load_four(addend + at * p.addend_stride, first, p.columns, addend_quads, values);
       }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[j] += sums[j] + added[j];
+      store_four(out + at * p.out_stride, first, p.columns, quads, values);
     }
   }
 }
@@ -167,7 +177,10 @@ cudaError_t launch(const LoraGemm& stage, cudaStream_t stream) {
                                  stage.bias,
                                  stage.row_adapters,
                                  stage.dropout,
-                                 stage.out};
+                                 stage.addend,
+                                 stage.addend_stride,
+                                 stage.out,
+                                 stage.out_stride};
   const auto blocks = static_cast<unsigned>(tiles<Tile>(stage.rows, stage.columns));
   lora_gemm_kernel<T, Tile><<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();

@@ -162,10 +162,37 @@ class Product {
   int slice_, row_, column_;
 };
 
-// Four neighbours of a dense row as one access, where its length and start allow it.
+// Whether four neighbours of a row can be one access: as its length, its start and the distance of
+// the rows allow.
 template <typename T>
-__device__ __forceinline__ bool takes_quads(const T* data, int64_t row_length) {
-  return row_length % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
+__device__ __forceinline__ bool takes_quads(const T* data, int64_t row_length, int64_t stride) {
+  return row_length % 4 == 0 && stride % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(data) % (4 * sizeof(T)) == 0;
+}
+template <typename T>
+__device__ __forceinline__ void load_quad(const T* data, float (&values)[4]) {
+  const uint2 quad = __ldcg(reinterpret_cast<const uint2*>(data));
+  const float2 first = unpack_pair<T>(quad.x), second = unpack_pair<T>(quad.y);
+  values[0] = first.x, values[1] = first.y, values[2] = second.x, values[3] = second.y;
+}
+template <>
+__device__ __forceinline__ void load_quad<float>(const float* data, float (&values)[4]) {
+  const float4 quad = __ldcg(reinterpret_cast<const float4*>(data));
+  values[0] = quad.x, values[1] = quad.y, values[2] = quad.z, values[3] = quad.w;
+}
+
+// Elements column … column+3 of a row of `length`, as far as the row goes.
+template <typename T>
+__device__ __forceinline__ void load_four(const T* row, int64_t column, int64_t length, bool quads,
+                                          float (&values)[4]) {
+  if (quads) {
+    if (column < length) load_quad(row + column, values);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (column + j < length) values[j] = to_float(row[column + j]);
+  }
 }
 // __stcg, which is one instruction: the compiler would merge a plain vector's store with those of
 // the elements one by one in the other branch.
@@ -179,7 +206,6 @@ __device__ __forceinline__ void store_quad<float>(float* data, const float (&val
   __stcg(reinterpret_cast<float4*>(data), {values[0], values[1], values[2], values[3]});
 }
 
-// Elements column … column+3 of a row of `length`, as far as the row goes.
 template <typename T>
 __device__ __forceinline__ void store_four(T* row, int64_t column, int64_t length, bool quads,
                                            const float (&values)[4]) {

@@ -31,7 +31,7 @@ template <typename Out, typename T, typename Tile>
 __device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
                                       const RankDownParams<T>& p, int64_t first_row,
                                       int64_t first_rank) {
-  const bool quads = takes_quads(out, p.rank);
+  const bool quads = takes_quads(out, p.rank, p.rank);
 #pragma unroll
   for (int i = 0; i < Tile::kPatch; ++i) {
     const int64_t row = first_row + product.row(i);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
                                       const RankGradStage& stage, int64_t first_column,
                                       int64_t first_rank) {
   const int64_t length = stage.transposed ? stage.columns : stage.rank;
-  const bool quads = takes_quads(out, length);
+  const bool quads = takes_quads(out, length, length);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float values[4];

@@ -10,6 +10,7 @@ const char* small_rows_obstacle(const ForwardCall& call) {
   const Problem& p = call.problem;
   // A CTA's part of W is 64 columns of 16 bits for each step of the depth.
   constexpr int64_t kWeightBytes = 64 * 2;
+  if (call.base != nullptr || p.in_features == 0) return "there is no weight to read";
   if (p.rows > kSmallRows) return "there are more than 64 rows";
   if (bytes_of(p.dtype) != 2) return "x is fp32";
   if (call.dropout.active()) return "each block would draw the whole dropout mask";

@@ -158,6 +158,7 @@ class Block {
     __syncthreads();
     if (!is_rank_warp()) {
       const lora_gemm::Output to = {p_.y,
+                                    p_.columns * static_cast<int64_t>(sizeof(typename Traits::T)),
                                     p_.bias,
                                     p_.rows,
                                     p_.columns,
