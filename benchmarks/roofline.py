@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from benchmarks.sequences import COMPOSED, FROZEN, FUSED, PEFT_SEQUENCES, Kernel, Sequence
+from benchmarks.sequences import (
+    ADAPTER,
+    COMPOSED,
+    FROZEN,
+    FUSED,
+    PEFT_SEQUENCES,
+    Kernel,
+    Sequence,
+    without_frozen,
+)
 from benchmarks.shapes import DECODE, TRAINING, Shape
 from benchmarks.tables import markdown
 from tests.emulator.devices import DEVICES, Device
@@ -90,6 +99,30 @@ def rows(shapes: Iterable[Shape], device: Device, half: str) -> list[list[str]]:
     return table
 
 
+ADAPTER_HEADERS = (
+    "rows×in→out",
+    "forward µs",
+    "backward µs",
+    *(f"({letter})'s adapter/fused" for letter in "abcd"),
+)
+
+
+def adapter_rows(shapes: Iterable[Shape], device: Device) -> list[list[str]]:
+    """What the adapter costs beside a frozen product that another computes."""
+    others = tuple(without_frozen(sequence) for sequence in PEFT_SEQUENCES)
+    table = []
+    for shape in shapes:
+        ours = time(ADAPTER, "both", shape, device)
+        table.append(
+            [
+                str(shape),
+                *(f"{1e6 * time(ADAPTER, half, shape, device):.1f}" for half in ("forward", "backward")),
+                *(f"{time(sequence, 'both', shape, device) / ours:.2f}" for sequence in others),
+            ]
+        )
+    return table
+
+
 def report(device_names: Iterable[str] = tuple(DEVICES)) -> str:
     """Predictions for every device: training shapes forward and backward, few rows forward."""
     legend = (f"({letter}) {sequence.name}" for letter, sequence in zip("abcd", PEFT_SEQUENCES, strict=True))
@@ -116,4 +149,6 @@ def report(device_names: Iterable[str] = tuple(DEVICES)) -> str:
         ):
             lines.append(f"\nPredicted: {title}, bf16, r={shapes[0].rank}\n")
             lines.append(markdown(HEADERS, rows(shapes, device, half)))
+        lines.append("\nPredicted: the adapter alone, on top of a frozen product that another computes\n")
+        lines.append(markdown(ADAPTER_HEADERS, adapter_rows(SHOWN_TRAINING, device)))
     return "\n".join(lines)

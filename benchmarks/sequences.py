@@ -134,6 +134,27 @@ COMPOSED = Sequence(
     ),
 )
 
+# Where another computes the frozen product, a quantised layer say: what the adapter alone costs beside it.
+ADAPTER = Sequence(
+    "fused adapter",
+    (FUSED.forward[0], _ours("y = base + h Bᵀ", v=4, low_rank_n=1)),
+    (
+        *FUSED.backward[:2],
+        _ours("dx = mask (g A)", u=2, low_rank_k=1),
+        FUSED.backward[-1],
+    ),
+)
+
+
+def without_frozen(sequence: Sequence) -> Sequence:
+    """What a sequence costs beside the frozen product."""
+    forward, backward = (
+        tuple(kernel for kernel in half if kernel not in (_FROZEN_FORWARD, _FROZEN_BACKWARD))
+        for half in (sequence.forward, sequence.backward)
+    )
+    return Sequence(f"adapter of {sequence.name}", forward, backward)
+
+
 PEFT_SEQUENCES = (PEFT, PEFT_DROPOUT, PEFT_MASTERS, PEFT_MASTERS_DROPOUT)
 
 

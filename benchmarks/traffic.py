@@ -16,7 +16,15 @@ from functools import cache
 
 import torch
 
-from benchmarks.sequences import FROZEN, FUSED, PEFT_SEQUENCES, Sequence, coefficients
+from benchmarks.sequences import (
+    ADAPTER,
+    FROZEN,
+    FUSED,
+    PEFT_SEQUENCES,
+    Sequence,
+    coefficients,
+    without_frozen,
+)
 from benchmarks.shapes import Shape
 from benchmarks.tables import markdown
 from tests.emulator import Machine, native
@@ -47,14 +55,18 @@ class Moved:
     rank_total: int
 
 
-def measure(shape: Shape, *, dropout: float, device: str = "a100") -> list[Moved]:
-    """Every launch of a bf16 call, forward and backward. The emulator's checks must find nothing."""
+def measure(shape: Shape, *, dropout: float, device: str = "a100", frozen: bool = True) -> list[Moved]:
+    """Every launch of a bf16 call, forward and backward. The emulator's checks must find nothing.
+
+    frozen: whether the frozen product is part of it; else the call adds, in place, to what a layer gave.
+    """
     given = _operands(shape, dropout)
     machine = Machine(device, check_races=False)  # a shape of this size takes seconds as it is
     kernels = load()
-    forward = run_forward(kernels, machine, given, Mode())
     dy = torch.randn(shape.rows, shape.out_features).to(BF16)
-    backward = run_backward(kernels, machine, dy, forward.h, given, Mode())
+    base = None if frozen else dy.clone()
+    forward = run_forward(kernels, machine, given, Mode(), base=base, in_place=not frozen)
+    backward = run_backward(kernels, machine, dy, forward.h, given, Mode(), frozen=frozen)
     launches = []
     for half, run in (("forward", forward.run), ("backward", backward.run)):
         run.result.assert_clean()
@@ -76,29 +88,21 @@ def cutlass(shape: Shape, device: str = "a100") -> int:
 def report(shape: Shape, *, dropout: float = 0.1, device: str = "a100") -> str:
     """The launches, then their sums beside PEFT's sequences, then the GEMM beside CUTLASS's."""
     launches = measure(shape, dropout=dropout, device=device)
-    m, k, n = shape.rows, shape.in_features, shape.out_features
+    alone = measure(shape, dropout=dropout, device=device, frozen=False)
+    m, n = shape.rows, shape.out_features
+    peft = tuple(without_frozen(sequence) for sequence in PEFT_SEQUENCES)
     lines = [
         "# Counted traffic",
         (__doc__ or "").partition("\n\n")[2].strip(),
         f"\n{shape}, r={shape.rank}, bf16, dropout {dropout:g}, emulated {device}\n",
-        markdown(
-            ("launch", "half", "blocks", "u", "v", "w", "rank, KiB", "total long, MiB", "total rank, KiB"),
-            [
-                [
-                    launch.kernel,
-                    launch.half,
-                    str(launch.blocks),
-                    *(f"{value:.3g}" for value in (launch.u, launch.v, launch.w)),
-                    f"{launch.rank_bytes / 1024:.1f}",
-                    f"{launch.long_total / 2**20:.2f}",
-                    f"{launch.rank_total / 1024:.1f}",
-                ]
-                for launch in launches
-            ],
-        ),
+        _table(launches),
         "\nu is a byte for each element of x, v of y, w of W. Unique bytes, forward and backward together; "
         "all but the first row leave out the terms in r:\n",
-        markdown(("", "launches", "u", "v", "w", "MiB"), _sums(launches, m, k, n)),
+        _sums(launches, shape, FUSED, (FROZEN, *PEFT_SEQUENCES)),
+        "\nThe adapter alone, on top of a frozen product that another computes:\n",
+        _table(alone),
+        "",
+        _sums(alone, shape, ADAPTER, peft),
     ]
     gemm = next((it for it in launches if it.half == "forward" and it.w), None)
     if gemm is not None and gemm.blocks == -(-m // CUTLASS_TILE[0]) * -(-n // CUTLASS_TILE[1]):
@@ -109,6 +113,24 @@ def report(shape: Shape, *, dropout: float = 0.1, device: str = "a100") -> str:
             "of the low-rank operands"
         )
     return "\n".join(lines)
+
+
+def _table(launches: list[Moved]) -> str:
+    return markdown(
+        ("launch", "half", "blocks", "u", "v", "w", "rank, KiB", "total long, MiB", "total rank, KiB"),
+        [
+            [
+                launch.kernel,
+                launch.half,
+                str(launch.blocks),
+                *(f"{value:.3g}" for value in (launch.u, launch.v, launch.w)),
+                f"{launch.rank_bytes / 1024:.1f}",
+                f"{launch.long_total / 2**20:.2f}",
+                f"{launch.rank_total / 1024:.1f}",
+            ]
+            for launch in launches
+        ],
+    )
 
 
 def _operands(shape: Shape, dropout: float) -> Operands:
@@ -142,7 +164,9 @@ def _moved(half: str, launch: Launch, shape: Shape) -> Moved:
     )
 
 
-def _sums(launches: list[Moved], m: int, k: int, n: int) -> list[list[str]]:
+def _sums(launches: list[Moved], shape: Shape, ours: Sequence, others: tuple[Sequence, ...]) -> str:
+    m, k, n = shape.rows, shape.in_features, shape.out_features
+
     def row(name: str, count: int, u: float, v: float, w: float, rank_bytes: float = 0) -> list[str]:
         mib = (u * m * k + v * m * n + w * k * n + rank_bytes) / 2**20
         return [name, str(count), *(f"{value:.3g}" for value in (u, v, w)), f"{mib:.2f}"]
@@ -151,11 +175,11 @@ def _sums(launches: list[Moved], m: int, k: int, n: int) -> list[list[str]]:
     rank_bytes = sum(it.rank_bytes for it in launches)
     rows = [
         row("fused, counted", len(launches), u, v, w, rank_bytes),
-        row("fused, planned", len(FUSED.forward + FUSED.backward), *_planned(FUSED)),
+        row("fused, planned", len(ours.forward + ours.backward), *_planned(ours)),
     ]
-    for sequence in (FROZEN, *PEFT_SEQUENCES):
+    for sequence in others:
         rows.append(row(sequence.name, len(sequence.forward + sequence.backward), *_planned(sequence)))
-    return rows
+    return markdown(("", "launches", "u", "v", "w", "MiB"), rows)
 
 
 def _planned(sequence: Sequence) -> tuple[float, float, float]:

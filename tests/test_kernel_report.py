@@ -31,10 +31,19 @@ def test_counted_bytes_are_the_planned_ones(toolkit):
     assert all(it.long_total >= 0 and it.blocks >= 1 for it in launches)
 
 
+def test_an_adapter_alone_moves_x_twice_dx_once_and_y_four_times(toolkit):
+    """It reads what the frozen layer gave and writes y: 4v forward, and 2v of dy backward."""
+    launches = traffic.measure(Shape("", 160, 128, 96, rank=8), dropout=0.1, frozen=False)
+    assert sum(it.u for it in launches) == pytest.approx(6)
+    assert sum(it.v for it in launches) == pytest.approx(6)
+    assert not any(it.w for it in launches)
+
+
 def test_the_gemm_reads_what_cutlasss_does_and_the_low_rank_operands(toolkit):
     shape = Shape("", 2048, 64, 2048, rank=8)
     text = traffic.report(shape, device="l4")
-    assert "| fused, planned " in text
+    assert text.count("| fused, planned ") == 2
+    assert "| adapter of PEFT, dropout" in text
     assert "| PEFT's default, dropout" in text
     line = text.splitlines()[-1]
     assert line.startswith("Forward GEMM of 128×128 tiles")
