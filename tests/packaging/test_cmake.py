@@ -81,6 +81,16 @@ def test_the_profiling_program_runs_forward_and_backward(build):
         assert f"{half}: 0.0 us, " in printed
 
 
+def test_it_adds_to_what_a_frozen_layer_gave(build):
+    printed = succeed(
+        *(build / "profile_lora", "--rows", 40, "--in", 64, "--out", 48, "--rank", 8, "--base"),
+        *("--warm-up", 0, "--iterations", 1),
+        LD_PRELOAD=str(native.build_library()),
+    )
+    assert printed.count("rank-up: tensor cores") == 2
+    assert "lora-gemm" not in printed
+
+
 @pytest.mark.parametrize("device", ["a100", "h100", "l4", "rtx4090", "b200", "rtx5090"])
 def test_it_prints_a_plan_without_a_gpu(build, device):
     printed = succeed(build / "profile_lora", "--plan", device, "--rows", 8192, CUDA_VISIBLE_DEVICES="")

@@ -112,13 +112,13 @@ int profile(const Options& options) {
   FUSED_LORA_CHECK(kernels::run(operands.forward, forward, workspace, nullptr));
   FUSED_LORA_CHECK(cudaDeviceSynchronize());
   const auto k = static_cast<double>(p.in_features), n = static_cast<double>(p.out_features),
-             r = static_cast<double>(p.rank);
+             r = static_cast<double>(p.rank), frozen = options.base ? 0.0 : k * n;
   if (options.forward) {
     print_plan("forward", kernels::describe(forward), forward.launches, forward.workspace_bytes);
     const double time = median_microseconds(options, flushed, flushed_bytes, [&] {
       FUSED_LORA_CHECK(kernels::run(operands.forward, forward, workspace, nullptr));
     });
-    print_time("forward", time, k * n + r * (k + n), p);
+    print_time("forward", time, frozen + r * (k + n), p);
   }
   if (options.backward) {
     print_plan("backward", kernels::describe(backward), backward.launches,
@@ -126,7 +126,7 @@ int profile(const Options& options) {
     const double time = median_microseconds(options, flushed, flushed_bytes, [&] {
       FUSED_LORA_CHECK(kernels::run(operands.backward, backward, workspace, nullptr));
     });
-    print_time("backward", time, k * n + 2 * r * (k + n), p);
+    print_time("backward", time, frozen + 2 * r * (k + n), p);
   }
   FUSED_LORA_CHECK(cudaDeviceSynchronize());
   return 0;

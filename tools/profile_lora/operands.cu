@@ -57,15 +57,21 @@ void place(const Options& options, ForwardCall* forward, BackwardCall* backward,
   const Problem& p = options.problem;
   const float in = 1.0f / std::sqrt(static_cast<float>(p.in_features));
   forward->x.data = backward->x.data = allocate(p.rows * p.in_features, p.dtype, 1.0f);
-  forward->weight.data = backward->weight.data =
-      allocate(p.out_features * p.in_features, p.dtype, in);
+  if (!options.base) {
+    forward->weight.data = backward->weight.data =
+        allocate(p.out_features * p.in_features, p.dtype, in);
+  }
   forward->lora_a.data = backward->lora_a.data =
       allocate(p.rank * p.in_features, p.adapter_dtype, in);
   forward->lora_b.data = backward->lora_b.data =
       allocate(p.out_features * p.rank, p.adapter_dtype, 0.1f);
-  if (options.bias) forward->bias = allocate(p.out_features, p.dtype, 1.0f);
+  if (options.bias && !options.base) forward->bias = allocate(p.out_features, p.dtype, 1.0f);
   backward->dy.data = allocate(p.rows * p.out_features, p.dtype, 1.0f);
   forward->y = allocate(p.rows * p.out_features, p.dtype, 0.0f);
+  if (options.base) {
+    forward->base = forward->y;
+    forward->base_stride = p.out_features;
+  }
   forward->h = allocate(p.rows * p.rank, kernels::rank_dtype(p), 0.0f);
   backward->h = forward->h;
   backward->dx = allocate(p.rows * p.in_features, p.dtype, 0.0f);

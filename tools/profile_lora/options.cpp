@@ -21,6 +21,7 @@ const char* const kUsage =
   --dropout P                             (0.1)
   --bias                                  add one
   --conv1d                                W stored in×out
+  --base                                  add to what a frozen layer gave, without its product
   --only forward|backward
   --warm-up N  --iterations N             (10, 50); 0 and 1 suit ncu
   --plan DEVICE                           print the plan for a100, h100, l4, rtx4090, b200 or rtx5090 and run nothing
@@ -102,6 +103,8 @@ Options parse(int count, char** arguments) {
       options.bias = true;
     } else if (option == "--conv1d") {
       options.weight_transposed = true;
+    } else if (option == "--base") {
+      options.base = true;
     } else if (option == "--only") {
       const bool forward = one_of<bool>(option, value(), {{"forward", true}, {"backward", false}});
       options.forward = forward;

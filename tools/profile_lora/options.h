@@ -12,6 +12,7 @@ struct Options {
   double dropout = 0.1;
   bool bias = false;
   bool weight_transposed = false;  // W stored in_features×out_features, as Conv1D stores it
+  bool base = false;               // another gave the frozen product: y is added to, in place
   bool forward = true, backward = true;
   int warm_up = 10, iterations = 50;
   std::string plan_for;  // a device's name: print its plan and run nothing
