@@ -114,6 +114,18 @@ inline BackwardCall backward_call(const Problem& p, bool dropout, uintptr_t base
   return call;
 }
 
+// The calls where another gives the frozen product.
+inline ForwardCall on_base(ForwardCall call) {
+  call.weight = {};
+  call.base = call.y;
+  call.base_stride = call.problem.out_features;
+  return call;
+}
+inline BackwardCall without_frozen(BackwardCall call) {
+  call.weight = {};
+  return call;
+}
+
 // Calls `body` for every device, kind, shape, rank and with and without dropout.
 inline void for_each_problem(
     const std::function<void(const Problem&, bool dropout, const Device&)>& body) {

@@ -48,6 +48,22 @@ TEST(tensor_cores_are_presumed_faster_where_mma_sync_keeps_up) {
   }
 }
 
+// A rank-up is bound by the bytes of y or dx on every device.
+TEST(without_a_frozen_product_tensor_cores_are_presumed_faster_everywhere) {
+  for (const NamedDevice& named : devices()) {
+    const Context context(named.name);
+    const Problem p = problem(kinds().front(), 4096, 4096, 4096, 16);
+    const auto forward = kernels::plan(on_base(forward_call(p, true)), named.device);
+    const auto backward = kernels::plan(without_frozen(backward_call(p, true)), named.device);
+    CHECK(kernels::presumed_faster(forward));
+    CHECK(kernels::presumed_faster(backward));
+    for (const std::string& text : {kernels::describe(forward), kernels::describe(backward)}) {
+      CHECK(holds(text, "rank-up: tensor cores, tiles of"));
+      CHECK(!holds(text, "lora-gemm"));
+    }
+  }
+}
+
 TEST(a_plain_kernel_says_why) {
   const Problem p = problem(kinds().front(), 4096, 4096, 4096, 16);
   ForwardCall misaligned = forward_call(p, false);

@@ -41,6 +41,33 @@ TEST(backward_takes_at_most_four_launches) {
   });
 }
 
+// Nor more where another gives the frozen product: h or g, and a rank-up.
+TEST(without_a_frozen_product_no_call_takes_more_launches_or_memory) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const ForwardPlan forward = kernels::plan(on_base(forward_call(p, dropout)), device);
+    CHECK_EQ(forward.launches, 2);
+    CHECK_EQ(forward.gemm.depth, int64_t{0});
+    const BackwardCall call = backward_call(p, dropout);
+    const BackwardPlan whole = kernels::plan(call, device);
+    const BackwardPlan backward = kernels::plan(without_frozen(call), device);
+    CHECK_EQ(backward.launches, whole.launches);
+    CHECK_EQ(backward.gemm.depth, int64_t{0});
+    // x's, W's and y's rows may be in the tensor cores' way; what is added to is never.
+    CHECK_EQ(backward.gemm.obstacle == nullptr, backward.down_obstacle == nullptr);
+  });
+}
+
+TEST(what_is_added_to_changes_no_plan) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    BackwardCall call = backward_call(p, dropout);
+    const BackwardPlan alone = kernels::plan(call, device);
+    call.adds_to_dx = true;
+    const BackwardPlan added = kernels::plan(call, device);
+    CHECK_EQ(kernels::describe(added), kernels::describe(alone));
+    CHECK_EQ(added.workspace_bytes, alone.workspace_bytes);
+  });
+}
+
 TEST(regions_of_the_workspace_are_aligned_and_apart) {
   for_each_problem([](const Problem& p, bool dropout, const Device& device) {
     const ForwardPlan forward = kernels::plan(forward_call(p, dropout), device);

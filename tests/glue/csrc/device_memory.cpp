@@ -63,6 +63,16 @@ const void* DeviceMemory::input(const char* name, const void* host, int64_t byte
   return input(name, kernels::MatrixView{host, bytes, 1}, 1, bytes, 1).data;
 }
 
+kernels::MatrixView DeviceMemory::updated(const char* name, const kernels::MatrixView& host,
+                                          int64_t rows, int64_t columns, int64_t element_bytes) {
+  const kernels::MatrixView view = input(name, host, rows, columns, element_bytes);
+  if (view.data == nullptr) return view;
+  const int64_t last = (rows - 1) * host.row_stride + (columns - 1) * host.column_stride;
+  outputs_.push_back(
+      {name, reinterpret_cast<uint64_t>(view.data), host.data, (last + 1) * element_bytes});
+  return view;
+}
+
 void* DeviceMemory::output(const char* name, void* host, int64_t bytes) {
   if (host == nullptr || bytes == 0) return nullptr;
   const uint64_t address = allocate(name, bytes, host);
@@ -89,7 +99,7 @@ void DeviceMemory::fetch() {
       throw std::runtime_error(std::string(output.name) + ": " + std::to_string(unwritten) +
                                " of " + std::to_string(bytes) + " bytes were not written");
     }
-    check(emulator_read(output.address, output.host, bytes) == 0);
+    check(emulator_read(output.address, const_cast<void*>(output.host), bytes) == 0);
   }
 }
 

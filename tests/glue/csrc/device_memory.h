@@ -20,6 +20,9 @@ class DeviceMemory {
   kernels::MatrixView input(const char* name, const kernels::MatrixView& host, int64_t rows,
                             int64_t columns, int64_t element_bytes);
   const void* input(const char* name, const void* host, int64_t bytes);
+  // An input that is copied back by fetch().
+  kernels::MatrixView updated(const char* name, const kernels::MatrixView& host, int64_t rows,
+                              int64_t columns, int64_t element_bytes);
   // To be copied back by fetch(). Null where the host's pointer is.
   void* output(const char* name, void* host, int64_t bytes);
   // Throws where `host` is not memory for so many bytes, or is any for none.
@@ -32,7 +35,7 @@ class DeviceMemory {
   struct Output {
     const char* name;
     uint64_t address;
-    void* host;
+    const void* host;
     int64_t bytes;
   };
 

@@ -45,7 +45,16 @@ cudaError_t run(const ForwardCall& call, const ForwardPlan& plan, void* workspac
   on_device.bias = memory.input("bias", call.bias, p.out_features * bytes);
   place_dropout(memory, on_device.dropout);
   on_device.row_adapters = row_adapters(memory, call.row_adapters, p.rows);
-  on_device.y = memory.output("y", call.y, p.rows * p.out_features * bytes);
+  if (call.y == call.base) {
+    const MatrixView y =
+        memory.updated("y", {call.base, call.base_stride}, p.rows, p.out_features, bytes);
+    on_device.base = y.data;
+    on_device.y = const_cast<void*>(y.data);
+  } else {
+    const MatrixView base = {call.base, call.base_stride};
+    on_device.base = memory.input("base", base, p.rows, p.out_features, bytes).data;
+    on_device.y = memory.output("y", call.y, p.rows * p.out_features * bytes);
+  }
   on_device.h = memory.output("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
   void* const scratch = memory.workspace(workspace, static_cast<int64_t>(plan.workspace_bytes));
   return finish(memory, real_forward(on_device, plan, scratch, stream), stream);
@@ -65,7 +74,12 @@ cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* worksp
   on_device.h = memory.input("h", call.h, p.rows * p.rank * bytes_of(rank_dtype(p)));
   place_dropout(memory, on_device.dropout);
   on_device.row_adapters = row_adapters(memory, call.row_adapters, p.rows);
-  on_device.dx = memory.output("dx", call.dx, p.rows * p.in_features * bytes);
+  if (call.adds_to_dx) {
+    const MatrixView dx = {call.dx, p.in_features};
+    on_device.dx = const_cast<void*>(memory.updated("dx", dx, p.rows, p.in_features, bytes).data);
+  } else {
+    on_device.dx = memory.output("dx", call.dx, p.rows * p.in_features * bytes);
+  }
   on_device.dlora_a =
       memory.output("dlora_a", call.dlora_a, p.rank * p.in_features * adapter_bytes);
   on_device.dlora_b =
