@@ -57,32 +57,45 @@ OptionalTensor optional(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
+// What the op is given beside the tensors that its graph may lead on to: those that do not train,
+// too.
+struct Rest {
+  const Tensor& weight;
+  const OptionalTensor &bias, &seed;
+  double scaling, dropout_p;
+  bool round_adapters;
+  int64_t column_offset;
+};
+
 // Saves x, h and the seed, and the parameters by reference; of x and h no more than the trainable
-// parameters' gradients are made of.
+// parameters' gradients are made of. Every input, edge and entry costs time at each call, so there
+// are none for a weight and a bias that are frozen, nor for what is off.
 struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd may look inside
 
   static constexpr auto *kScaling = "scaling", *kDropout = "dropout_p";
-  static constexpr auto *kHasBias = "has_bias", *kRounds = "round_adapters";
-  static constexpr auto* kColumnOffset = "column_offset";
+  static constexpr auto *kTrainsWeight = "trains_weight", *kTrainsBias = "trains_bias";
+  static constexpr auto *kRounds = "round_adapters", *kColumnOffset = "column_offset";
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& bias,
-                        const OptionalTensor& seed, double scaling, double dropout_p,
-                        bool round_adapters, int64_t column_offset) {
+  // weight, bias: those that train.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& lora_a,
+                        const Tensor& lora_b, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const Rest& rest) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, h] = ops::lora_linear_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p,
-                                           seed, round_adapters, column_offset);
+    auto [y, h] = ops::lora_linear_forward(x, rest.weight, lora_a, lora_b, rest.bias, rest.scaling,
+                                           rest.dropout_p, rest.seed, rest.round_adapters,
+                                           rest.column_offset);
     const bool trains_b = lora_b.requires_grad();
-    const bool trains = trains_b || lora_a.requires_grad() || weight.requires_grad();
-    ctx->save_for_backward({trains ? x : Tensor(), weight, lora_a, lora_b, trains_b ? h : Tensor(),
-                            seed.value_or(Tensor())});
-    // Entries cost time, so what is off has none.
-    ctx->saved_data[kScaling] = scaling;
-    if (dropout_p > 0.0) ctx->saved_data[kDropout] = dropout_p;
-    if (bias) ctx->saved_data[kHasBias] = true;
-    if (round_adapters) ctx->saved_data[kRounds] = true;
-    if (column_offset != 0) ctx->saved_data[kColumnOffset] = column_offset;
+    const bool trains = trains_b || lora_a.requires_grad() || weight;
+    ctx->save_for_backward({trains ? x : Tensor(), rest.weight, lora_a, lora_b,
+                            trains_b ? h : Tensor(), rest.seed.value_or(Tensor())});
+    auto& data = ctx->saved_data;
+    data[kScaling] = rest.scaling;
+    if (rest.dropout_p > 0.0) data[kDropout] = rest.dropout_p;
+    if (weight) data[kTrainsWeight] = true;
+    if (bias) data[kTrainsBias] = true;
+    if (rest.round_adapters) data[kRounds] = true;
+    if (rest.column_offset != 0) data[kColumnOffset] = rest.column_offset;
     return y;
   }
 
@@ -94,13 +107,16 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     const double scaling = data.at(kScaling).toDouble();
     const auto dropout = data.find(kDropout);
     const double dropout_p = dropout == data.end() ? 0.0 : dropout->second.toDouble();
-    const bool has_bias = data.count(kHasBias) > 0;
     const bool round_adapters = data.count(kRounds) > 0;
     const auto offset = data.find(kColumnOffset);
     const int64_t column_offset = offset == data.end() ? 0 : offset->second.toInt();
-    const composed::Needed needed = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                     ctx->needs_input_grad(2), ctx->needs_input_grad(3),
-                                     has_bias && ctx->needs_input_grad(4)};
+    const bool trains_weight = data.count(kTrainsWeight) > 0;
+    const bool trains_bias = data.count(kTrainsBias) > 0;
+    // Edges lead to x, A and B, and to those of weight and bias that train.
+    const composed::Needed needed = {ctx->needs_input_grad(0),
+                                     trains_weight && ctx->needs_input_grad(3),
+                                     ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                                     trains_bias && ctx->needs_input_grad(trains_weight ? 4 : 3)};
 
     // Grad mode is on in a backward only where its own graph is wanted (create_graph); within a
     // transform it computes a batch of gradients (is_grads_batched).
@@ -116,7 +132,7 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
                                        seed, round_adapters, needed, column_offset);
     };
     const auto [dx, dweight, da, db, dbias] = gradients();
-    return {dx, dweight, da, db, dbias, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return {dx, da, db, dweight, dbias, Tensor()};
   }
 };
 
@@ -310,7 +326,8 @@ std::vector<Tensor> grouped_with_autograd(const Tensor& x, at::TensorList weight
     if (bias) tensors.push_back(*bias);
   }
   for (const Tensor& weight : weights) check_frozen_if_packed(weight);
-  if (within_torch_func() || std::any_of(tensors.begin(), tensors.end(), has_tangent)) {
+  if (within_torch_func() ||
+      (within_forward_mode() && std::any_of(tensors.begin(), tensors.end(), has_tangent))) {
     return grouped_apart(x, weights, lora_a, lora_b, biases, scalings, dropout_p, seeds,
                          round_adapters);
   }
@@ -327,18 +344,36 @@ Tensor below_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_
                                               seed, round_adapters, column_offset));
 }
 
+OptionalTensor if_it_trains(const Tensor& t) {
+  return t.requires_grad() ? OptionalTensor(t) : std::nullopt;
+}
+
 Tensor with_autograd(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
                      const Tensor& lora_b, const OptionalTensor& bias, double scaling,
                      double dropout_p, const OptionalTensor& seed, bool round_adapters,
                      int64_t column_offset) {
   check_frozen_if_packed(weight);
-  if (within_torch_func() || has_tangent(x) || has_tangent(weight) || has_tangent(lora_a) ||
-      has_tangent(lora_b) || (bias && has_tangent(*bias))) {
+  const auto any_has_tangent = [&] {
+    return has_tangent(x) || has_tangent(weight) || has_tangent(lora_a) || has_tangent(lora_b) ||
+           (bias && has_tangent(*bias));
+  };
+  if (within_torch_func() || (within_forward_mode() && any_has_tangent())) {
     return out_of_torchs(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
                          column_offset);
   }
-  return LoRALinearFunction::apply(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p,
-                                   round_adapters, column_offset);
+  const OptionalTensor trained_weight = if_it_trains(weight);
+  const OptionalTensor trained_bias = bias ? if_it_trains(*bias) : std::nullopt;
+  const bool trains = trained_weight || trained_bias || x.requires_grad() ||
+                      lora_a.requires_grad() || lora_b.requires_grad();
+  // A node takes as long as the rest of a small call.
+  if (!trains || !at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return below_autograd(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, round_adapters,
+                          column_offset);
+  }
+  return LoRALinearFunction::apply(
+      x, lora_a, lora_b, trained_weight, trained_bias,
+      Rest{weight, bias, seed, scaling, dropout_p, round_adapters, column_offset});
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 namespace fused_lora {
 
@@ -11,6 +12,12 @@ namespace fused_lora {
 // while there is a transform to apply, and takes it away around what the last one was applied to.
 inline bool within_torch_func() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Whether anyone in the process differentiates in forward mode: what to ask before the tensors,
+// each of which takes a lock.
+inline bool within_forward_mode() {
+  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
 // In forward-mode differentiation.
