@@ -54,10 +54,7 @@ def check_mixed_arguments(
     if not lora_a:
         raise ValueError("lora_linear: lora_a must have at least 1 entry, got none")
     for values, name in ((lora_b, "lora_b"), (scaling, "scaling")):
-        if len(values) != len(lora_a):
-            raise ValueError(
-                f"lora_linear: {name} must have {len(lora_a)} entries (as lora_a), got {len(values)}"
-            )
+        check_count("lora_linear", values, name, len(lora_a), "lora_a")
     if dtypes:
         _check_base_dtypes(x, weight)
     _device(weight, "weight", x)
@@ -217,3 +214,10 @@ def _dtype(tensor: Tensor, name: str, expected: torch.dtype, source: str) -> Non
 def _device(tensor: Tensor, name: str, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"lora_linear: {name} must be on {x.device} (as x), got {tensor.device}")
+
+
+def check_count(op: str, values: Sequence[object], name: str, expected: int, source: str) -> None:
+    """Raises ValueError for a list that has not one value for each entry of another, the source."""
+    if len(values) != expected:
+        entries = "entry" if expected == 1 else "entries"
+        raise ValueError(f"{op}: {name} must have {expected} {entries} (as {source}), got {len(values)}")

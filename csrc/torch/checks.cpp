@@ -31,7 +31,7 @@ void check_seed(const char* op, const Tensor& seed) {
                     seed.sym_sizes());
 }
 
-void check_matrix(const Tensor& t, const std::string& name, const char* shape) {
+void check_matrix(const Tensor& t, const char* name, const char* shape) {
   TORCH_CHECK_VALUE(t.dim() == 2, "lora_linear: ", name, " must be 2-D (", shape, "), got shape ",
                     t.sym_sizes());
 }
@@ -44,21 +44,19 @@ void check_weight(const Tensor& weight) {
   }
 }
 
-void check_size(const Tensor& t, const std::string& name, int64_t dim, const char* meaning,
-                const c10::SymInt& expected, const std::string& source) {
+void check_size(const Tensor& t, const char* name, int64_t dim, const char* meaning,
+                const c10::SymInt& expected, const char* source) {
   TORCH_CHECK_VALUE(t.sym_size(dim) == expected, "lora_linear: ", name, " must have ", meaning,
                     " = ", expected, " (as ", source, ") in dimension ", dim, ", got shape ",
                     t.sym_sizes());
 }
 
-void check_dtype(const Tensor& t, const std::string& name, at::ScalarType expected,
-                 const std::string& source) {
+void check_dtype(const Tensor& t, const char* name, at::ScalarType expected, const char* source) {
   TORCH_CHECK_TYPE(t.scalar_type() == expected, "lora_linear: ", name, " must be ",
                    dtype_name(expected), " (as ", source, "), got ", dtype_name(t.scalar_type()));
 }
 
-void check_device(const Tensor& t, const std::string& name, const Tensor& like,
-                  const std::string& source) {
+void check_device(const Tensor& t, const char* name, const Tensor& like, const char* source) {
   TORCH_CHECK_VALUE(t.device() == like.device(), "lora_linear: ", name, " must be on ",
                     like.device(), " (as ", source, "), got ", t.device());
 }
@@ -78,7 +76,7 @@ bool is_half(at::ScalarType dtype) {
 // `rows` is the operand that the caller streams: x in forward, dy in backward. names: of the
 // adapter's matrices.
 struct Names {
-  std::string a = "lora_a", b = "lora_b";
+  const char *a = "lora_a", *b = "lora_b";
 };
 
 void check_shapes(const Tensor& rows, const char* name, const Tensor& weight) {
@@ -133,10 +131,14 @@ void check_column_offset(int64_t column_offset) {
                     column_offset);
 }
 
-void check_count(size_t count, const char* name, size_t expected, const char* source) {
-  TORCH_CHECK_VALUE(count == expected, "lora_linear_grouped: ", name, " must have ", expected,
+// A list of one value for each entry of another, the source.
+void check_count(const char* op, size_t count, const char* name, size_t expected,
+                 const char* source) {
+  TORCH_CHECK_VALUE(count == expected, op, ": ", name, " must have ", expected,
                     expected == 1 ? " entry" : " entries", " (as ", source, "), got ", count);
 }
+
+constexpr const char* kGrouped = "lora_linear_grouped";
 
 // The lists but for the first, which says how many projections there are.
 template <typename Seeds>
@@ -144,11 +146,11 @@ void check_counts(size_t projections, const char* source, at::TensorList lora_a,
                   at::TensorList lora_b, at::ArrayRef<double> scalings,
                   at::ArrayRef<double> dropout_p, const Seeds& seeds) {
   TORCH_CHECK_VALUE(projections >= 1, "lora_linear_grouped: ", source, " must not be empty");
-  check_count(lora_a.size(), "lora_a", projections, source);
-  check_count(lora_b.size(), "lora_b", projections, source);
-  check_count(scalings.size(), "scalings", projections, source);
-  check_count(dropout_p.size(), "dropout_p", projections, source);
-  check_count(seeds.size(), "seeds", projections, source);
+  check_count(kGrouped, lora_a.size(), "lora_a", projections, source);
+  check_count(kGrouped, lora_b.size(), "lora_b", projections, source);
+  check_count(kGrouped, scalings.size(), "scalings", projections, source);
+  check_count(kGrouped, dropout_p.size(), "dropout_p", projections, source);
+  check_count(kGrouped, seeds.size(), "seeds", projections, source);
   for (size_t i = 1; i < projections; ++i) {
     TORCH_CHECK_TYPE(lora_a[i].scalar_type() == lora_a[0].scalar_type(),
                      "lora_linear_grouped: lora_a[", i, "] must be ",
@@ -164,7 +166,7 @@ void check_each(size_t projections, const Check& check) {
     try {
       check(i);
     } catch (c10::Error& error) {
-      error.add_context(c10::str("of projection ", i, " of lora_linear_grouped"));
+      error.add_context(c10::str("of projection ", i, " of ", kGrouped));
       throw;
     }
   }
@@ -199,7 +201,7 @@ void check_x(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
 // x and h of a backward, where they are needed, and that a packed weight is not.
 void check_saved(const Tensor& dy, const std::optional<Tensor>& x, const Tensor& weight,
                  const std::optional<Tensor>& h, const c10::SymInt& rank, const Tensor& lora_a,
-                 const std::string& name_a, bool round_adapters, bool needs_weight, bool needs_a,
+                 const char* name_a, bool round_adapters, bool needs_weight, bool needs_a,
                  bool needs_b) {
   check_size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
   TORCH_CHECK_VALUE(!needs_weight || !is_packed(weight),
@@ -226,10 +228,9 @@ void check_saved(const Tensor& dy, const std::optional<Tensor>& x, const Tensor&
   }
 }
 
-// `count` values for `count` adapters.
-void check_adapter_count(size_t count, const char* name, size_t expected) {
-  TORCH_CHECK_VALUE(count == expected, "lora_linear: ", name, " must have ", expected,
-                    " entries (as lora_a), got ", count);
+// A value for each adapter.
+void check_adapter_count(size_t count, const char* name, at::TensorList lora_a) {
+  check_count("lora_linear", count, name, lora_a.size(), "lora_a");
 }
 
 void check_mixed_operands(const Tensor& rows, const char* name, const Tensor& weight,
@@ -238,13 +239,14 @@ void check_mixed_operands(const Tensor& rows, const char* name, const Tensor& we
                           const std::optional<Tensor>& seed) {
   check_shapes(rows, name, weight);
   TORCH_CHECK_VALUE(!lora_a.empty(), "lora_linear: lora_a must have at least 1 entry, got none");
-  check_adapter_count(lora_b.size(), "lora_b", lora_a.size());
-  check_adapter_count(scaling.size(), "scaling", lora_a.size());
+  check_adapter_count(lora_b.size(), "lora_b", lora_a);
+  check_adapter_count(scaling.size(), "scaling", lora_a);
   check_dtypes(rows, name, weight);
   check_device(weight, "weight", rows, name);
   for (size_t i = 0; i < lora_a.size(); ++i) {
     const std::string which = "[" + std::to_string(i) + "]";
-    const Names names = {"lora_a" + which, "lora_b" + which};
+    const std::string name_a = "lora_a" + which, name_b = "lora_b" + which;
+    const Names names = {name_a.c_str(), name_b.c_str()};
     check_adapter_shapes(weight, lora_a[i], lora_b[i], names);
     check_adapter_dtypes(rows, name, lora_a[i], lora_b[i], names);
     check_dtype(lora_a[i], names.a, lora_a[0].scalar_type(), "lora_a[0]");
@@ -302,8 +304,8 @@ void mixed_backward_arguments(const Tensor& dy, const std::optional<Tensor>& x,
                               bool needs_weight, const c10::List<bool>& needs_a,
                               const c10::List<bool>& needs_b) {
   check_mixed_operands(dy, "dy", weight, lora_a, lora_b, index, scaling, dropout_p, seed);
-  check_adapter_count(needs_a.size(), "needed_a", lora_a.size());
-  check_adapter_count(needs_b.size(), "needed_b", lora_a.size());
+  check_adapter_count(needs_a.size(), "needed_a", lora_a);
+  check_adapter_count(needs_b.size(), "needed_b", lora_a);
   const auto any = [](const c10::List<bool>& flags) {
     return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
   };
@@ -315,7 +317,7 @@ void grouped_counts(at::TensorList weights, at::TensorList lora_a, at::TensorLis
                     const ops::OptionalTensors& biases, at::ArrayRef<double> scalings,
                     at::ArrayRef<double> dropout_p, const ops::OptionalTensors& seeds) {
   check_counts(weights.size(), "weights", lora_a, lora_b, scalings, dropout_p, seeds);
-  check_count(biases.size(), "biases", weights.size(), "weights");
+  check_count(kGrouped, biases.size(), "biases", weights.size(), "weights");
 }
 
 void grouped_forward_arguments(const Tensor& x, at::TensorList weights, at::TensorList lora_a,
@@ -336,8 +338,8 @@ void grouped_backward_arguments(at::TensorList dy, const ops::OptionalTensor& x,
                                 const ops::OptionalTensors& seeds, bool round_adapters,
                                 const c10::List<bool>& needed) {
   check_counts(dy.size(), "dy", lora_a, lora_b, scalings, dropout_p, seeds);
-  check_count(weights.size(), "weights", dy.size(), "dy");
-  check_count(h.size(), "h", dy.size(), "dy");
+  check_count(kGrouped, weights.size(), "weights", dy.size(), "dy");
+  check_count(kGrouped, h.size(), "h", dy.size(), "dy");
   TORCH_CHECK_VALUE(needed.size() == 1 + 4 * dy.size(),
                     "lora_linear_grouped: needed must have 1 entry and 4 for each of ", dy.size(),
                     " projections, got ", needed.size());
