@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
+#include <memory_resource>
 #include <span>
 #include <tuple>
 #include <utility>
@@ -97,10 +99,9 @@ struct Task {
   int64_t thread;
 };
 
-// The blocks of outputs, a thread's after another's: so that a thread that takes a run of them has
-// its part of each output, and the same rows of what they share.
-std::vector<Task> tasks_of(std::span<const Product> products, int threads) {
-  std::vector<Task> tasks;
+// Calls visit(task) for the blocks of every output.
+template <typename Visit>
+void for_each_task(std::span<const Product> products, int threads, const Visit& visit) {
   for (size_t first = 0, next; first < products.size(); first = next) {
     for (next = first + 1; next < products.size() && products[next].adds;) ++next;
     const Product& p = products[first];
@@ -111,12 +112,13 @@ std::vector<Task> tasks_of(std::span<const Product> products, int threads) {
       const Block block = {i * p.rows / cut.row_blocks, (i + 1) * p.rows / cut.row_blocks,
                            j * cut.columns, std::min(p.columns, (j + 1) * cut.columns)};
       const int64_t thread = (2 * t + 1) * threads / (2 * cut.tasks());
-      tasks.push_back({products.subspan(first, next - first), block, thread});
+      visit(Task{products.subspan(first, next - first), block, thread});
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.thread < b.thread; });
-  return tasks;
+}
+
+void compute(const Task& task, const Kernels& kernels, void* scratch) {
+  for (const Product& p : task.products) kernels.block(p, task.block, scratch);
 }
 
 }  // namespace
@@ -125,17 +127,21 @@ void run_products(std::span<const Product> products, const Kernels& kernels,
                   const Parallel& parallel) {
   int64_t work = 0;
   for (const Product& p : products) work += work_of(p);
-  const bool serial = parallel.run == nullptr || parallel.threads <= 1 || is_small(work);
-  const std::vector<Task> tasks = tasks_of(products, serial ? 1 : parallel.threads);
-  if (tasks.empty()) return;
-  run_tasks(serial ? Parallel{} : parallel, static_cast<int64_t>(tasks.size()),
-            [&](int64_t begin, int64_t end) {
-              void* scratch = thread_scratch(kernels.scratch_bytes);
-              for (int64_t i = begin; i < end; ++i) {
-                const Task& task = tasks[static_cast<size_t>(i)];
-                for (const Product& p : task.products) kernels.block(p, task.block, scratch);
-              }
-            });
+  if (parallel.run == nullptr || parallel.threads <= 1 || is_small(work)) {
+    void* scratch = thread_scratch(kernels.scratch_bytes);
+    for_each_task(products, 1, [&](const Task& task) { compute(task, kernels, scratch); });
+    return;
+  }
+  // A thread's after another's: so that a thread that takes a run of them has its part of each
+  // output, and the same rows of what they share.
+  std::vector<Task> tasks;
+  for_each_task(products, parallel.threads, [&](const Task& task) { tasks.push_back(task); });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.thread < b.thread; });
+  run_tasks(parallel, static_cast<int64_t>(tasks.size()), [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(kernels.scratch_bytes);
+    for (int64_t i = begin; i < end; ++i) compute(tasks[static_cast<size_t>(i)], kernels, scratch);
+  });
 }
 
 void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel) {
@@ -169,6 +175,22 @@ Operand rounded(const MatrixView& view, int64_t rows, int64_t columns, const Ker
 
 namespace {
 
+// The lists of what a few calls are made of, without memory of the heap.
+class ListMemory {
+ public:
+  template <typename T>
+  std::pmr::vector<T> list(size_t most) {
+    std::pmr::vector<T> made(&resource_);
+    made.reserve(most);
+    return made;
+  }
+
+ private:
+  static constexpr size_t kBytes = 4096;
+  alignas(std::max_align_t) std::byte here_[kBytes];
+  std::pmr::monotonic_buffer_resource resource_{here_, kBytes};
+};
+
 // A and B as the products take them.
 struct Factors {
   Operand a, b;
@@ -180,14 +202,15 @@ bool rounds_factors(const Problem& p) {
 
 // Of each call.
 template <typename Call>
-std::vector<Factors> factors(std::span<const Call> calls, const Kernels& kernels) {
+std::pmr::vector<Factors> factors(std::span<const Call> calls, const Kernels& kernels,
+                                  ListMemory* memory) {
   const auto elements = [](const Problem& p) {
     return rounds_factors(p) ? p.rank * (p.in_features + p.out_features) : 0;
   };
   int64_t all = 0;
   for (const Call& call : calls) all += elements(call.problem);
   uint16_t* to = factor_memory(all);
-  std::vector<Factors> made;
+  auto made = memory->list<Factors>(calls.size());
   for (const Call& call : calls) {
     const auto& [p, a, b] = std::tie(call.problem, call.lora_a, call.lora_b);
     if (!rounds_factors(p)) {
@@ -210,6 +233,38 @@ Operand weight(const Problem& p, const MatrixView& view, bool transposed) {
   const int64_t panel = kPanelRows * p.in_features;
   if (transposed) return {view.data, 0, panel, p.dtype, Layout::kPanels};
   return {view.data, panel, 0, p.dtype, Layout::kPanelsTransposed};
+}
+
+Product frozen_forward(const Problem& p, const Operand& x, const MatrixView& weight_view,
+                       const void* bias, void* y) {
+  Product product;
+  product.rows = p.rows;
+  product.columns = p.out_features;
+  product.depth = p.in_features;
+  product.left = x;
+  product.right = weight(p, weight_view, true);
+  product.start = bias;
+  product.start_dtype = p.dtype;
+  product.out = {y, p.out_features, 1, p.dtype};
+  return product;
+}
+
+Product frozen_backward(const Problem& p, const Operand& dy, const MatrixView& weight_view,
+                        void* dx) {
+  Product product;
+  product.rows = p.rows;
+  product.columns = p.in_features;
+  product.depth = p.out_features;
+  product.left = dy;
+  product.right = weight(p, weight_view, false);
+  product.out = {dx, p.in_features, 1, p.dtype};
+  return product;
+}
+
+void add_tail(Product* product, int64_t rank, const Operand& low, const Operand& factor) {
+  product->tail_depth = rank;
+  product->tail_left = low;
+  product->tail_right = factor;
 }
 
 Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
@@ -274,9 +329,10 @@ bool reads_mask(const BackwardCall& call) {
 
 // Of each call of one x.
 template <typename Call>
-std::vector<Mask> drawn_masks(std::span<const Call> calls, const Kernels& kernels,
-                              const Parallel& parallel) {
-  std::vector<Mask> masks(calls.size());
+std::pmr::vector<Mask> drawn_masks(std::span<const Call> calls, const Kernels& kernels,
+                                   const Parallel& parallel, ListMemory* memory) {
+  auto masks = memory->list<Mask>(calls.size());
+  masks.resize(calls.size());
   const auto drops = [](const Call& call) { return call.dropout.active() && reads_mask(call); };
   const int64_t count = std::ranges::count_if(calls, drops);
   if (count == 0) return masks;
@@ -347,9 +403,10 @@ Operand low_of(const Problem& p, const void* data, int64_t stride) {
 
 void run(std::span<const ForwardCall> calls, Level level, const Parallel& parallel) {
   const Kernels& kernels = kernels_of(level);
-  const std::vector<Factors> factor = factors(calls, kernels);
-  const std::vector<Mask> masks = drawn_masks(calls, kernels, parallel);
-  std::vector<Product> hs, ys;
+  ListMemory memory;
+  const auto factor = factors(calls, kernels, &memory);
+  const auto masks = drawn_masks(calls, kernels, parallel, &memory);
+  auto hs = memory.list<Product>(calls.size()), ys = memory.list<Product>(calls.size());
   for (size_t i = 0; i < calls.size(); ++i) {
     const ForwardCall& call = calls[i];
     const Problem& p = call.problem;
@@ -359,18 +416,8 @@ void run(std::span<const ForwardCall> calls, Level level, const Parallel& parall
     mask(&h, MaskOn::kLeft, call.dropout, masks[i]);
     hs.push_back(h);
 
-    Product y;
-    y.rows = p.rows;
-    y.columns = p.out_features;
-    y.depth = p.in_features;
-    y.left = x;
-    y.right = weight(p, call.weight, true);
-    y.tail_depth = p.rank;
-    y.tail_left = low;
-    y.tail_right = transposed(factor[i].b);
-    y.start = call.bias;
-    y.start_dtype = p.dtype;
-    y.out = {call.y, p.out_features, 1, p.dtype};
+    Product y = frozen_forward(p, x, call.weight, call.bias, call.y);
+    add_tail(&y, p.rank, low, transposed(factor[i].b));
     ys.push_back(y);
   }
   run_products(hs, kernels, parallel);
@@ -379,9 +426,11 @@ void run(std::span<const ForwardCall> calls, Level level, const Parallel& parall
 
 void run(std::span<const BackwardCall> calls, Level level, const Parallel& parallel) {
   const Kernels& kernels = kernels_of(level);
-  const std::vector<Factors> factor = factors(calls, kernels);
-  const std::vector<Mask> masks = drawn_masks(calls, kernels, parallel);
-  std::vector<Product> of_dy, dxs, das;
+  ListMemory memory;
+  const auto factor = factors(calls, kernels, &memory);
+  const auto masks = drawn_masks(calls, kernels, parallel, &memory);
+  const size_t n = calls.size();
+  auto of_dy = memory.list<Product>(2 * n), of_g = memory.list<Product>(2 * n);
   for (size_t i = 0; i < calls.size(); ++i) {
     const BackwardCall& call = calls[i];
     const Problem& p = call.problem;
@@ -395,30 +444,24 @@ void run(std::span<const BackwardCall> calls, Level level, const Parallel& paral
                                 {call.dlora_b, 1, p.rank, p.adapter_dtype}));
     }
     if (call.dx != nullptr) {
-      Product dx;
-      dx.rows = p.rows;
-      dx.columns = p.in_features;
-      dx.depth = p.out_features;
-      dx.left = dy;
-      dx.right = weight(p, call.weight, false);
-      dx.tail_depth = p.rank;
-      dx.tail_left = g;
-      dx.tail_right = factor[i].a;
-      dx.out = {call.dx, p.in_features, 1, p.dtype};
-      dx.adds = !dxs.empty();
+      Product dx = frozen_backward(p, dy, call.weight, call.dx);
+      add_tail(&dx, p.rank, g, factor[i].a);
       mask(&dx, MaskOn::kTail, call.dropout, masks[i]);
-      dxs.push_back(dx);
-    }
-    if (call.dlora_a != nullptr) {
-      Product da = rank_grad(p, g, operand(call.x, p.dtype), p.in_features,
-                             {call.dlora_a, p.in_features, 1, p.adapter_dtype});
-      mask(&da, MaskOn::kRight, call.dropout, masks[i]);
-      das.push_back(da);
+      dx.adds = !of_g.empty();  // to the dx before it
+      of_g.push_back(dx);
     }
   }
+  for (size_t i = 0; i < n; ++i) {
+    const BackwardCall& call = calls[i];
+    const Problem& p = call.problem;
+    if (call.dlora_a == nullptr) continue;
+    Product da = rank_grad(p, low_of(p, call.g, 0), operand(call.x, p.dtype), p.in_features,
+                           {call.dlora_a, p.in_features, 1, p.adapter_dtype});
+    mask(&da, MaskOn::kRight, call.dropout, masks[i]);
+    of_g.push_back(da);
+  }
   run_products(of_dy, kernels, parallel);
-  dxs.insert(dxs.end(), das.begin(), das.end());
-  run_products(dxs, kernels, parallel);
+  run_products(of_g, kernels, parallel);
 }
 
 }  // namespace fused_lora::cpu::fused

@@ -218,17 +218,16 @@ class Batch {
                  const Up& up) const {
     const int64_t first = chunk.front().begin;
     frozen.rows = rows_of(chunk);
-    const auto add_tail = [&](Product& product, const Segment& segment) {
+    const auto add_tail_of = [&](Product& product, const Segment& segment) {
       if (!segment.adapted()) return;
-      product.tail_depth = factors_of(segment).rank;
-      product.tail_left = from_row(low_rows, segment.begin - first);
-      product.tail_right = up(factors_of(segment));
+      const Factors& factors = factors_of(segment);
+      add_tail(&product, factors.rank, from_row(low_rows, segment.begin - first), up(factors));
       if (where == MaskOn::kTail) {
         mask(&product, where, dropout_, from_row(drawn_, segment.begin));
       }
     };
     if (chunk.size() == 1) {
-      add_tail(frozen, chunk.front());
+      add_tail_of(frozen, chunk.front());
       run_product(frozen, kernels_, parallel_);
       return;
     }
@@ -243,7 +242,7 @@ class Batch {
       product.left.stored = product.right.stored = low_;
       product.start = frozen.start;
       product.start_dtype = frozen.start_dtype;
-      add_tail(product, segment);
+      add_tail_of(product, segment);
       product.out = {start + (segment.begin - first) * stride, stride, 1, DType::kFloat32};
       starts.push_back(product);
     }
@@ -288,15 +287,7 @@ class Forward : Batch {
     run_down(chunk, x, h);
     keep(chunk, h, order);
 
-    Product frozen;
-    frozen.columns = p_.out_features;
-    frozen.depth = p_.in_features;
-    frozen.left = x;
-    frozen.right = weight(p_, call_.weight, true);
-    frozen.start = call_.bias;
-    frozen.start_dtype = p_.dtype;
-    frozen.out = {y, p_.out_features, 1, p_.dtype};
-    run_chunk(frozen, chunk, low(h), MaskOn::kNothing,
+    run_chunk(frozen_forward(p_, x, call_.weight, call_.bias, y), chunk, low(h), MaskOn::kNothing,
               [](const Factors& factors) { return transposed(factors.b); });
     if (order != nullptr) scatter(y, order, rows, p_.out_features, p_.dtype, call_.y, parallel_);
   }
@@ -395,13 +386,8 @@ class Backward : Batch {
     const int64_t* order = grouping_.order();
     void* dx = at(call_.dx, first * p_.in_features, p_.dtype);
     if (order != nullptr) dx = memory.of(rows * p_.in_features * size_of(p_.dtype));
-    Product frozen;
-    frozen.columns = p_.in_features;
-    frozen.depth = p_.out_features;
-    frozen.left = from_row(dy, first);
-    frozen.right = weight(p_, call_.weight, false);
-    frozen.out = {dx, p_.in_features, 1, p_.dtype};
-    run_chunk(frozen, chunk, from_row(low(g), first), MaskOn::kTail,
+    run_chunk(frozen_backward(p_, from_row(dy, first), call_.weight, dx), chunk,
+              from_row(low(g), first), MaskOn::kTail,
               [](const Factors& factors) { return factors.a; });
     if (order != nullptr) {
       scatter(dx, order + first, rows, p_.in_features, p_.dtype, call_.dx, parallel_);

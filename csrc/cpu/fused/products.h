@@ -51,6 +51,13 @@ Operand rounded(const MatrixView& view, int64_t rows, int64_t columns, const Ker
 // W as the right operand of dx, or transposed, of y.
 Operand weight(const Problem& p, const MatrixView& view, bool transposed);
 
+// The frozen products, x Wᵀ + b and dy W.
+Product frozen_forward(const Problem& p, const Operand& x, const MatrixView& weight,
+                       const void* bias, void* y);
+Product frozen_backward(const Problem& p, const Operand& dy, const MatrixView& weight, void* dx);
+// To a frozen product the low-rank one, h Bᵀ or g A. low: rows×rank, factor: rank×columns.
+void add_tail(Product* product, int64_t rank, const Operand& low, const Operand& factor);
+
 // rows · factor, times alpha: h and g.
 Product rank_down(const Problem& p, const Operand& rows, int64_t depth, const Operand& factor,
                   float alpha, const Output& out);
