@@ -121,57 +121,81 @@ inline ForwardResult composed_forward(const at::Tensor& x, const Parameters& p,
 
 // x and dy are read as matrices where their strides let one be seen in them. Only permuted leading
 // dimensions do not: such rows are gathered first, as torch's own linear does.
-template <typename Backend>
-class Forward final : public Run<Backend, typename Backend::ForwardCall> {
-  using Base = Run<Backend, typename Backend::ForwardCall>;
-  using Base::call_;
-  using Base::on_;
+
+// A forward with parameters P, which composed_forward takes, too.
+template <typename Backend, typename Call, typename P>
+class ForwardRun : public Run<Backend, Call> {
+  using Base = Run<Backend, Call>;
 
  public:
-  Forward(const at::Tensor& x, const Parameters& p, const ops::OptionalTensor& bias)
-      : Base(x), p_(p), bias_(bias), x_(composed::as_matrix(x)) {
-    describe<Backend>(call_, x_, p);
-    call_.x = Backend::view(x_);
-    if (bias) {
-      dense_bias_ = bias->contiguous();
-      call_.bias = dense_bias_.const_data_ptr();
-    }
-  }
-
   ForwardResult operator()(Path asked) {
     if (!this->takes_kernels(asked)) return composed_forward(on_, p_, bias_);
     this->launch();
     return {y_, h_};
   }
 
-  // For a group, which launches its calls together: the call with y and a part of the group's h.
-  const typename Backend::ForwardCall& into(const at::Tensor& h) {
-    h_ = h;
-    allocate();
-    set_h(call_, h_);
-    return call_;
+ protected:
+  using Base::call_;
+  using Base::on_;
+
+  // What describes the call beside x and the bias is left to who knows P.
+  ForwardRun(const at::Tensor& x, const P& p, const ops::OptionalTensor& bias)
+      : Base(x), p_(p), x_(composed::as_matrix(x)), bias_(bias) {
+    call_.x = Backend::view(x_);
+    if (bias) {
+      dense_bias_ = bias->contiguous();
+      call_.bias = dense_bias_.const_data_ptr();
+    }
   }
-  const at::Tensor& y() const { return y_; }
+  ~ForwardRun() = default;
 
- private:
-  ShapeClass shape() const override { return forward_class(call_, on_.device()); }
-
-  void allocate() override {
+  // h has `ranks` columns.
+  void allocate(const at::Tensor& lora_a, int64_t ranks) {
     if (y_.defined()) return;
-    const auto low = composed::rank_dtype(x_, p_.lora_a, p_.round_adapters);
+    const auto low = composed::rank_dtype(x_, lora_a, p_.round_adapters);
     y_ = Backend::empty(composed::with_last_size(on_, out_features(p_.weight)), x_,
                         x_.scalar_type());
-    if (!h_.defined()) h_ = Backend::empty({x_.size(0), p_.lora_a.size(0)}, x_, low);
+    if (!h_.defined()) h_ = Backend::empty({x_.size(0), ranks}, x_, low);
     call_.y = y_.mutable_data_ptr();
     set_h(call_, h_);
   }
 
+  const P& p_;
+  const at::Tensor x_;
+  at::Tensor y_, h_;
+
+ private:
   void compose() override { composed_forward(on_, p_, bias_); }
 
-  const Parameters& p_;
   const ops::OptionalTensor& bias_;
-  const at::Tensor x_;
-  at::Tensor dense_bias_, y_, h_;
+  at::Tensor dense_bias_;
+};
+
+template <typename Backend>
+class Forward final : public ForwardRun<Backend, typename Backend::ForwardCall, Parameters> {
+  using Base = ForwardRun<Backend, typename Backend::ForwardCall, Parameters>;
+  using Base::call_;
+  using Base::p_;
+
+ public:
+  Forward(const at::Tensor& x, const Parameters& p, const ops::OptionalTensor& bias)
+      : Base(x, p, bias) {
+    describe<Backend>(call_, this->x_, p);
+  }
+
+  // For a group, which launches its calls together: the call with y and a part of the group's h.
+  const typename Backend::ForwardCall& into(const at::Tensor& h) {
+    this->h_ = h;
+    allocate();
+    set_h(call_, h);  // of what was allocated before, to be timed, too
+    return call_;
+  }
+  const at::Tensor& y() const { return this->y_; }
+
+ private:
+  ShapeClass shape() const override { return forward_class(call_, this->on_.device()); }
+
+  void allocate() override { Base::allocate(p_.lora_a, p_.lora_a.size(0)); }
 };
 
 inline composed::Gradients composed_backward(const at::Tensor& dy, const ops::OptionalTensor& x,

@@ -46,51 +46,28 @@ inline ForwardResult composed_forward(const at::Tensor& x, const MixedParameters
 }
 
 template <typename Backend>
-class MixedForward final : public Run<Backend, typename MixedOperands<Backend>::ForwardCall> {
-  using Base = Run<Backend, typename MixedOperands<Backend>::ForwardCall>;
+class MixedForward final
+    : public ForwardRun<Backend, typename MixedOperands<Backend>::ForwardCall, MixedParameters> {
+  using Base = ForwardRun<Backend, typename MixedOperands<Backend>::ForwardCall, MixedParameters>;
   using Base::call_;
-  using Base::on_;
+  using Base::p_;
 
  public:
   MixedForward(const at::Tensor& x, const MixedParameters& p, const ops::OptionalTensor& bias)
-      : Base(x), p_(p), bias_(bias), x_(composed::as_matrix(x)), operands_(p.adapters) {
-    describe<Backend>(call_, x_, p, operands_);
-    call_.x = Backend::view(x_);
-    if (bias) {
-      dense_bias_ = bias->contiguous();
-      call_.bias = dense_bias_.const_data_ptr();
-    }
-  }
-
-  ForwardResult operator()(Path asked) {
-    if (!this->takes_kernels(asked)) return composed_forward(on_, p_, bias_);
-    this->launch();
-    return {y_, h_};
+      : Base(x, p, bias), operands_(p.adapters) {
+    describe<Backend>(call_, this->x_, p, operands_);
   }
 
  private:
   ShapeClass shape() const override {
-    ShapeClass shape = forward_class(call_, on_.device());
+    ShapeClass shape = forward_class(call_, this->on_.device());
     shape.mixed = p_.adapters.count();
     return shape;
   }
 
-  void allocate() override {
-    if (y_.defined()) return;
-    const auto low = composed::rank_dtype(x_, p_.adapters.a[0], p_.round_adapters);
-    y_ = at::empty(composed::with_last_size(on_, out_features(p_.weight)), x_.options());
-    h_ = at::empty({x_.size(0), p_.adapters.ranks()}, x_.options().dtype(low));
-    call_.y = y_.mutable_data_ptr();
-    call_.h = h_.mutable_data_ptr();
-  }
+  void allocate() override { Base::allocate(p_.adapters.a[0], p_.adapters.ranks()); }
 
-  void compose() override { composed_forward(on_, p_, bias_); }
-
-  const MixedParameters& p_;
-  const ops::OptionalTensor& bias_;
-  const at::Tensor x_;
   MixedOperands<Backend> operands_;
-  at::Tensor dense_bias_, y_, h_;
 };
 
 inline composed::MixedGradients composed_backward(const at::Tensor& dy,
