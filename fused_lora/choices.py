@@ -12,9 +12,10 @@ applies decides:
 2. In a job of several ranks nothing is timed, since ranks would differ and a rank that waits for its GPU may
    hold up another. The first rule decides, until `share_choices` hands every rank what rank 0 remembers.
 3. What was timed before on this kind of device, with these versions, is remembered on disk.
-4. Both are timed on the call's own operands, once: a few tens of milliseconds on the CPU, a synchronisation
-   on a GPU. Not while a CUDA graph is captured, and not with FUSED_LORA_TIMING=0: there the first rule
-   decides, for the rest of the process.
+4. Both are timed on the call's own operands, once: up to a few tens of milliseconds on the CPU, a
+   synchronisation on a GPU. The first rule's path is taken unless the other one was clearly faster: less is
+   noise, and would be remembered. Nothing is timed while a CUDA graph is captured, nor with
+   FUSED_LORA_TIMING=0: there the first rule decides, for the rest of the process.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from fused_lora.binary import BINARY, FusedLoRAWarning
 DIRECTORY_VARIABLE = "FUSED_LORA_CACHE_DIR"
 TIMING_VARIABLE = "FUSED_LORA_TIMING"
 PATHS = ("fused", "composed")
+CLEARLY_FASTER = 0.97  # of the other path's time, at most
 
 Timer = Callable[[], "tuple[float, float] | None"]
 
@@ -87,7 +89,8 @@ def _decide(device: str, shape: str, presumed_faster: bool, time: Timer | None) 
     if times is None:
         return untimed(presumed_faster, "too little memory to time both")
     fused, composed = times
-    entry = ("fused" if fused <= composed else "composed", fused, composed)
+    fused_limit = composed / CLEARLY_FASTER if presumed_faster else composed * CLEARLY_FASTER
+    entry = ("fused" if fused <= fused_limit else "composed", fused, composed)
     _remember(path, shape, entry)
     return _timed(entry, "timed now")
 
@@ -101,7 +104,9 @@ def untimed(presumed_faster: bool, why: str) -> Choice:
 
 def _timed(entry: tuple[str, float, float], when: str) -> Choice:
     path, fused, composed = entry
-    return Choice(path, f"fused took {fused:.4g} ms, composed {composed:.4g} ms ({when})")
+    slower = fused > composed if path == "fused" else composed > fused
+    close = ", not clearly less" if slower else ""
+    return Choice(path, f"fused took {fused:.4g} ms, composed {composed:.4g} ms{close} ({when})")
 
 
 def made(device: str, shape: str) -> Choice | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRAWarning, choices
+from fused_lora.binary import BINARY
 
 SHAPE, OTHER = "forward rows=8", "forward rows=16"
 
@@ -48,15 +50,85 @@ def unexpected():
     pytest.fail("it was timed")
 
 
-@pytest.mark.parametrize(
-    ("times", "path"), [((1.0, 2.0), "fused"), ((2.0, 1.0), "composed"), ((1, 1), "fused")]
-)
+@pytest.mark.parametrize(("times", "path"), [((1.0, 2.0), "fused"), ((2.0, 1.0), "composed")])
 @pytest.mark.parametrize("presumed_faster", [False, True])
 def test_the_faster_one_is_taken(times, path, presumed_faster):
     assert choices.decide("cuda:0", SHAPE, presumed_faster, timer(*times)) == path
     assert choices.made("cuda:0", SHAPE).path == path
-    assert "timed now" in choices.made("cuda:0", SHAPE).reason
+    assert "ms (timed now)" in choices.made("cuda:0", SHAPE).reason
     assert choices.made("cuda:0", OTHER) is None
+
+
+@pytest.mark.parametrize(("presumed_faster", "path"), [(True, "fused"), (False, "composed")])
+def test_the_presumed_one_is_taken_unless_the_other_one_is_clearly_faster(presumed_faster, path):
+    other = {"fused": "composed", "composed": "fused"}[path]
+
+    def decided(shape, presumed, rival):
+        times = {path: presumed, other: rival}
+        return choices.decide("cpu", shape, presumed_faster, timer(times["fused"], times["composed"]))
+
+    assert decided("equal", 1.0, 1.0) == path
+    assert decided("close", 1.0, 0.98) == path
+    assert decided("clear", 1.0, 0.96) == other
+    assert ", not clearly less (timed now)" in choices.made("cpu", "close").reason
+    assert "clearly" not in choices.made("cpu", "clear").reason
+
+
+class Machine:
+    """What two paths take on it, in milliseconds, and what someone else on it adds at each turn."""
+
+    def __init__(self, fused, composed, noise=lambda path, turn: 0.0):
+        self.takes = {"fused": fused, "composed": composed}
+        self.noise = noise
+        self.turns = dict.fromkeys(self.takes, 0)
+        self.spent = 0.0
+
+    def timed(self):
+        return BINARY.module.time_in_turns(lambda: self.run("fused"), lambda: self.run("composed"))
+
+    def run(self, path):
+        time = self.takes[path] + self.noise(path, self.turns[path])
+        self.turns[path] += 1
+        self.spent += time
+        return time
+
+
+def test_a_quiet_machine_is_timed_for_some_milliseconds():
+    short, medium, long = Machine(0.01, 0.02), Machine(0.5, 1.0), Machine(300.0, 200.0)
+    for machine in (short, medium, long):
+        assert machine.timed() == tuple(machine.takes.values())
+    assert 5 <= short.spent < 6
+    assert medium.turns == {"fused": 5, "composed": 5}
+    assert long.turns == {"fused": 3, "composed": 3}  # and no more than that
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_busy_machine_does_not_turn_the_choice(seed):
+    """Someone takes the processor at times, for longer than a call takes, and more often from one path."""
+    draw = random.Random(seed)
+
+    def noise(path, turn):
+        return draw.expovariate(0.5) if draw.random() < {"fused": 0.8, "composed": 0.3}[path] else 0.0
+
+    machine = Machine(0.9, 1.0, noise)
+    fused, composed = machine.timed()
+    assert fused == pytest.approx(0.9, rel=0.03)
+    assert composed == pytest.approx(1.0, rel=0.03)
+    assert machine.spent < 75
+
+
+def test_a_machine_that_is_busy_at_first_is_timed_when_it_is_not():
+    machine = Machine(0.5, 0.6, lambda path, turn: 0.1 * ((7 * turn) % 5) + 1.0 if turn < 8 else 0.0)
+    assert machine.timed() == (0.5, 0.6)
+
+
+def test_who_is_never_done_costs_a_bounded_time():
+    machine = Machine(0.0, 0.0)
+    assert machine.timed() == (0.0, 0.0)
+    assert machine.turns["fused"] <= 1000
+    machine = Machine(1.0, 1.0, lambda path, turn: 1000.0 / (turn + 1))  # faster at every turn
+    machine.timed()
+    assert machine.turns == {"fused": 3, "composed": 3}
 
 
 def test_what_was_timed_is_remembered_for_other_processes(monkeypatch, cache):

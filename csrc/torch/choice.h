@@ -16,6 +16,12 @@ struct Times {
   double fused, composed;  // milliseconds
 };
 
+// Of functions that run a path and return its milliseconds: their least times, in turns. Whoever
+// else is busy on the machine only ever adds to a time, and perhaps to one path's. So turns go on
+// until each has come near its least time repeatedly, for some milliseconds at least and some tens
+// at most; long paths have three turns.
+Times time_in_turns(const std::function<double()>& fused, const std::function<double()>& composed);
+
 // A call that two paths can compute.
 class Candidate {
  public:

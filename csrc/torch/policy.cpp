@@ -1,5 +1,8 @@
 #include "torch/policy.h"
 
+#include <pybind11/functional.h>
+
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -37,6 +40,15 @@ void set_python_policy(py::function decide) {
 void add_policy_to(py::module_& m) {
   m.def("set_policy", &set_python_policy, py::arg("decide"),
         "Set who chooses between the fused and the composed path.");
+  m.def(
+      "time_in_turns",
+      [](const std::function<double()>& fused, const std::function<double()>& composed) {
+        const Times times = time_in_turns(fused, composed);
+        return std::pair(times.fused, times.composed);
+      },
+      py::arg("fused"), py::arg("composed"),
+      "The milliseconds that a CPU's paths are compared by, of functions that run one and return "
+      "what it took.");
   m.def("forget_choices", &forget_choices, py::call_guard<py::gil_scoped_release>(),
         "Let every choice be made again.");
 }

@@ -3,9 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
-#include <algorithm>
 #include <chrono>
-#include <vector>
 
 #include "common/dropout.h"
 #include "cpu/dropout_mask.h"
@@ -26,11 +24,6 @@ double milliseconds(const std::function<void()>& call) {
   call();
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - began)
       .count();
-}
-
-double median(std::vector<double> times) {
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
 }
 
 }  // namespace
@@ -85,26 +78,8 @@ at::Tensor Backend::mask(const at::Tensor& seed, int64_t rows, int64_t columns, 
   return dropout_mask(seed, rows, columns, p, row_offset, column_offset, dtype);
 }
 
-// Medians, in turns. A long call is run a few times only, and its first counts: what is allocated
-// and loaded then is small beside it.
 Times Backend::time(const std::function<void()>& fused, const std::function<void()>& composed) {
-  constexpr double kLong = 20, kEnough = 60;  // milliseconds
-  constexpr size_t kFewest = 3, kMost = 25;
-  std::vector<double> of_fused, of_composed;
-  double spent = 0;
-  const auto round = [&] {
-    of_fused.push_back(milliseconds(fused));
-    of_composed.push_back(milliseconds(composed));
-    return of_fused.back() + of_composed.back();
-  };
-  if (round() < kLong) {
-    of_fused.clear();
-    of_composed.clear();
-  }
-  while (of_fused.size() < kFewest || (spent < kEnough && of_fused.size() < kMost)) {
-    spent += round();
-  }
-  return {median(of_fused), median(of_composed)};
+  return time_in_turns([&] { return milliseconds(fused); }, [&] { return milliseconds(composed); });
 }
 
 // Past the dispatcher, where nobody is to see it: that takes longer than the allocation.
