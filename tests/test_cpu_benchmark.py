@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import json
 from dataclasses import replace
 
@@ -201,13 +202,30 @@ class Clock:
         return turns.Side(call)
 
 
-def test_every_side_is_first_and_every_second_round_goes_backwards():
+def test_no_order_of_sides_is_favoured():
     clock = Clock()
     taken = turns.Turns({name: clock.side(name, 1.0) for name in "abc"}, clock)
-    for _ in range(4):
+    for _ in range(120):
         taken.round()
-    assert "".join(clock.calls) == "abc" + "acb" + "cab" + "cba"
-    assert taken.seconds == {name: [1.0] * 4 for name in "abc"}
+    assert taken.seconds == {name: [1.0] * 120 for name in "abc"}
+    rounds = ["".join(clock.calls[i : i + 3]) for i in range(0, 360, 3)]
+    assert all(later == earlier[::-1] for earlier, later in zip(rounds[::2], rounds[1::2], strict=True))
+    orders = [rounds.count("".join(order)) for order in itertools.permutations("abc")]
+    assert sum(orders) == 120
+    assert all(12 <= count <= 28 for count in orders)  # of 20
+    for name in "abc":  # late as often as early
+        assert sum(it.index(name) for it in rounds) == 120
+
+
+def test_orders_are_the_same_in_every_run():
+    orders = []
+    for _ in range(2):
+        clock = Clock()
+        taken = turns.Turns({name: clock.side(name, 1.0) for name in "abcdef"}, clock)
+        for _ in range(5):
+            taken.round()
+        orders.append(clock.calls)
+    assert orders[0] == orders[1]
 
 
 def test_short_calls_are_timed_in_groups():

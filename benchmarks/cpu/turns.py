@@ -6,6 +6,7 @@ The speed of a machine drifts by more than what is to be seen; what drifts, drif
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +28,17 @@ class Side:
 
 
 class Turns:
-    """Rounds of groups of calls. Each round begins with another side, and every second one goes backwards,
-    so that no side is always met in the caches' state that the same other one leaves."""
+    """Rounds of groups of calls. Each is in an order drawn anew, from a fixed seed, and every second one in
+    the reverse of the one before: no side is met more often late than early, nor in the caches' state that
+    the same other one leaves."""
 
     def __init__(self, sides: Mapping[str, Side], clock: Callable[[], float] = time.perf_counter) -> None:
         self.sides = dict(sides)
         self.seconds: dict[str, list[float]] = {name: [] for name in sides}  # of one call, round by round
         self.calls = dict.fromkeys(sides, 1)
         self._clock = clock
-        self._turn = 0
+        self._draw = random.Random(0)
+        self._backwards: list[str] = []  # the next round, where it is the reverse of the last
 
     def calibrate(self) -> float:
         """Sets how many calls make a group, from warm ones; returns the seconds of a round."""
@@ -51,13 +54,16 @@ class Turns:
     def round(self) -> None:
         for name in self.order():
             self.seconds[name].append(self._group(name, self.calls[name]))
-        self._turn += 1
 
     def order(self) -> list[str]:
+        """The next round's."""
+        if self._backwards:
+            names, self._backwards = self._backwards, []
+            return names
         names = list(self.sides)
-        first = self._turn % max(len(names), 1)
-        turned = names[first:] + names[:first]
-        return turned[::-1] if self._turn % 2 else turned
+        self._draw.shuffle(names)
+        self._backwards = names[::-1]
+        return names
 
     def _group(self, name: str, calls: int) -> float:
         """Seconds of one call among `calls`."""
