@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# In the __dict__ of a module whose parameters fully_shard, or FSDP, holds: its mark for torch.compile.
+GATHERED = "_is_fsdp_managed_module"
+
 
 def is_gathered(module: nn.Module) -> bool:
-    """Whether fully_shard, or FSDP, holds the module's parameters. It marks them so for torch.compile."""
-    return "_is_fsdp_managed_module" in module.__dict__
+    return GATHERED in module.__dict__
 
 
 def autocast_copy(weight: Tensor) -> Tensor:

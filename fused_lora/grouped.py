@@ -30,7 +30,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import has_torch_function
 
 from fused_lora import paths
-from fused_lora.ops import lora_linear, lora_linear_grouped
+from fused_lora.ops import lora_linear_grouped
 
 GROUP = "_fused_lora_group"  # in a layer's __dict__, where it has one
 MODES = ("auto", "always", "never")
@@ -63,36 +63,30 @@ class Groupable:
         raise NotImplementedError
 
 
-def compute(layer: Groupable, x: Tensor, operands: Operands) -> Tensor:
-    """The layer's output: a sibling's call has made it, or this one makes its siblings', or its own alone."""
+def pays(layer: Groupable, x: Tensor) -> bool:
+    """Whether a layer that has a group is to be computed together with it."""
     # A traced graph holds the layers' own calls: identities mean nothing there.
-    if not torch.compiler.is_compiling():
-        group: Group | None = layer.__dict__.get(GROUP)
-        if group is not None and _pays(group, x, operands):
-            y = group.output(layer, x, operands)
-            if y is not None:
-                return y
-    return lora_linear(
-        x,
-        operands.oriented_weight(),
-        operands.lora_a,
-        operands.lora_b,
-        operands.bias,
-        scaling=operands.scaling,
-        dropout_p=operands.dropout_p,
-    )
-
-
-def _pays(group: Group, x: Tensor, operands: Operands) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     if _asked != "auto":
         return _asked == "always"
     # A backward of one of the outputs frees what was saved for all. Of a tensor that was computed, with what
     # it was computed from, it did so before.
     if x.is_leaf or not torch.is_grad_enabled():
         return False
-    if x.numel() < FEWEST_ROWS * operands.lora_a.shape[1]:
+    if x.numel() < FEWEST_ROWS * layer.in_features:
         return False
+    group: Group = layer.__dict__[GROUP]
     return group.size > 2 or torch.is_autocast_enabled(x.device.type)
+
+
+def computed_together(layer: Groupable, x: Tensor, operands: Operands | None) -> Tensor | None:
+    """The output of a layer that has a group: a sibling's call has made it, or this one makes its siblings'.
+    None if the layer is to compute by itself."""
+    if operands is None:
+        return None
+    group: Group = layer.__dict__[GROUP]
+    return group.output(layer, x, operands)
 
 
 class Group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fused_lora import reference
 from fused_lora.adapter_sum import Adapter, lora_sum
-from fused_lora.gathered import autocast_copy, is_gathered
-from fused_lora.grouped import GROUP, Groupable, Operands, compute
+from fused_lora.gathered import GATHERED, autocast_copy, is_gathered
+from fused_lora.grouped import GROUP, Groupable, Operands, computed_together, pays
 from fused_lora.mixed_batch import adapter_index, present
 from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed, seed_on
 from fused_lora.packed import (
@@ -51,6 +51,7 @@ class LoRASettings:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    scaling: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_number(self.r) or self.r != int(self.r) or self.r < 1:
@@ -60,10 +61,7 @@ class LoRASettings:
         if not _is_number(self.dropout) or not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {self.dropout!r}")
         object.__setattr__(self, "r", int(self.r))  # 16.0 will do
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        object.__setattr__(self, "scaling", self.alpha / (math.sqrt(self.r) if self.rslora else self.r))
 
 
 class LoRALinear(nn.Linear, PacksWeight, Groupable):
@@ -308,8 +306,8 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: …×in_features. Returns …×out_features."""
-        # Past the attribute lookups of Module and ParameterDict: a dozen of them take as long as the op
-        # itself on a small layer.
+        # Past the attribute lookups of Module and ParameterDict, and without calls where there is nothing to
+        # call for: a dozen of them take as long as the op itself on a small layer.
         state = self.__dict__
         if state["_batch"] is not None:
             return self._forward_mixed(x, state["_batch"])
@@ -317,12 +315,14 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         if state["_unmerged_weight"] is not None or not state["_enabled"] or not active:
             y: Tensor = self._base_class.forward(self, x)
             return y
-        if GROUP in state:
-            operands = self.operands()
-            if operands is not None:
-                return compute(self, x, operands)
+        if GROUP in state and pays(self, x):
+            together = computed_together(self, x, self.operands())
+            if together is not None:
+                return together
         parameters, modules = state["_parameters"], state["_modules"]
-        weight = self._operand()
+        weight = parameters.get(WEIGHT) if type(parameters) is dict else None
+        if weight is None or state["fan_in_fan_out"] or GATHERED in state:
+            weight = self._operand()
         # Not by get, which would look self.bias up every time.
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         if len(active) == 1:

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 from torch.overrides import has_torch_function
 
 from fused_lora import paths, reference
-from fused_lora.arguments import check_mask_arguments, check_probability
+from fused_lora.arguments import check_count, check_mask_arguments, check_probability
 from fused_lora.binary import BINARY
 
 _compiled = BINARY.module
+_lora_linear: Any = getattr(_compiled, "lora_linear", None)
 
 
 def lora_linear(
@@ -63,7 +66,7 @@ def lora_linear(
     Gradients go to whichever of x, weight, lora_a, lora_b and bias require them. Saved for backward: x,
     h = s · drop(x) Aᵀ (rows×rank) and the seed; never a mask, a masked or a cast copy of x.
     """
-    if is_sharded(weight):
+    if type(weight) is not Parameter and is_sharded(weight):
         from fused_lora import shards
 
         check_probability("lora_linear", dropout_p, "dropout_p")
@@ -80,39 +83,23 @@ def lora_linear(
     seed_tensor = None
     if dropout_p != 0.0:
         dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
-    plain = not (torch.compiler.is_compiling() or has_torch_function((x, weight, lora_a, lora_b)))
+    plain = not (is_compiling() or has_torch_function((x, weight, lora_a, lora_b)))
     serving = paths.serving
     if not (plain and x.device in serving):
+        tensors = lora_a, lora_b, bias
+        options: dict[str, Any] = {
+            "scaling": scaling,
+            "dropout_p": dropout_p,
+            "seed": seed_tensor,
+            "column_offset": column_offset,
+        }
         if paths.choose(x.device.type, x.device.index) == "reference":
-            return reference.lora_linear(
-                x,
-                reference.plain(weight),
-                lora_a,
-                lora_b,
-                bias,
-                scaling=scaling,
-                dropout_p=dropout_p,
-                seed=seed_tensor,
-                column_offset=column_offset,
-            )
+            return reference.lora_linear(x, reference.plain(weight), *tensors, **options)
         if not plain:
-            y: Tensor = torch.ops.fused_lora.lora_linear(
-                x,
-                weight,
-                lora_a,
-                lora_b,
-                bias,
-                scaling=scaling,
-                dropout_p=dropout_p,
-                seed=seed_tensor,
-                column_offset=column_offset,
-            )
+            y: Tensor = torch.ops.fused_lora.lora_linear(x, weight, *tensors, **options)
             return y
         serving.add(x.device)
-    assert _compiled is not None
-    y = _compiled.lora_linear(
-        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset
-    )
+    y = _lora_linear(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed_tensor, False, column_offset)
     return y
 
 
@@ -149,35 +136,15 @@ def lora_linear_mixed(
     not below the number of adapters.
     """
     dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    tensors = lora_a, lora_b, adapter_index, bias
+    options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p, "seed": seed_tensor}
     if paths.choose(x.device.type, x.device.index) == "reference":
-        return reference.lora_linear_mixed(
-            x,
-            reference.plain(weight),
-            lora_a,
-            lora_b,
-            adapter_index,
-            bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-        )
-    if torch.compiler.is_compiling() or has_torch_function((x, weight, *lora_a, *lora_b)):
-        y: Tensor = torch.ops.fused_lora.lora_linear_mixed(
-            x,
-            weight,
-            lora_a,
-            lora_b,
-            adapter_index,
-            bias,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-        )
+        return reference.lora_linear_mixed(x, reference.plain(weight), *tensors, **options)
+    if is_compiling() or has_torch_function((x, weight, *lora_a, *lora_b)):
+        y: Tensor = torch.ops.fused_lora.lora_linear_mixed(x, weight, *tensors, **options)
         return y
     assert _compiled is not None
-    y = _compiled.lora_linear_mixed(
-        x, weight, lora_a, lora_b, adapter_index, bias, scaling, dropout_p, seed_tensor, False
-    )
+    y = _compiled.lora_linear_mixed(x, weight, *tensors, scaling, dropout_p, seed_tensor, False)
     return y
 
 
@@ -217,11 +184,7 @@ def lora_linear_grouped(
         *(("lora_a", lora_a), ("lora_b", lora_b), ("biases", biases)),
         *(("scalings", scalings), ("dropout_p", dropout_p), ("seeds", seeds)),
     ):
-        if len(entries) != count:
-            raise ValueError(
-                f"lora_linear_grouped: {name} must have {count} {'entry' if count == 1 else 'entries'} "
-                f"(as weights), got {len(entries)}"
-            )
+        check_count("lora_linear_grouped", entries, name, count, "weights")
     if count == 0:
         raise ValueError("lora_linear_grouped: weights must not be empty")
     for p in dropout_p:
@@ -245,7 +208,7 @@ def lora_linear_grouped(
             )
             for weight, a, b, bias, scaling, p, seed in each
         ]
-    if torch.compiler.is_compiling() or has_torch_function((x, *weights, *lora_a, *lora_b)):
+    if is_compiling() or has_torch_function((x, *weights, *lora_a, *lora_b)):
         ys: list[Tensor] = torch.ops.fused_lora.lora_linear_grouped(
             x, weights, lora_a, lora_b, biases, scalings=scalings, dropout_p=ps, seeds=drawn
         )
@@ -257,7 +220,7 @@ def lora_linear_grouped(
 
 def is_sharded(weight: Tensor) -> bool:
     """Whether it is a DTensor. Who has none is spared the import of torch.distributed.tensor."""
-    if type(weight) is nn.Parameter or type(weight) is Tensor:
+    if type(weight) is Parameter or type(weight) is Tensor:
         return False
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(weight, tensors.DTensor)

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.adapter_sum import Adapter, lora_sum
 from fused_lora.gathered import autocast_copy, is_gathered
-from fused_lora.grouped import GROUP, Groupable, Operands, compute, has_hooks
+from fused_lora.grouped import GROUP, Groupable, Operands, computed_together, has_hooks, pays
 from fused_lora.grouping import set_grouped, ungroup
 from fused_lora.layer import PLAIN_PARAMETERS, is_partitioned, linear_obstacle, operand_of, stores_transposed
 from fused_lora.mixed_batch import adapter_index, present
@@ -46,10 +46,10 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
             # By its name and not super(): a wrapper may still hold this method after `unfuse`.
             y: Tensor = PeftLinear.forward(self, x, *args, **kwargs)
             return y
-        if GROUP in self.__dict__:
-            operands = _operands_of(self, active)
-            if operands is not None:
-                return compute(self, x, operands)
+        if GROUP in self.__dict__ and pays(self, x):
+            together = computed_together(self, x, _operands_of(self, active))
+            if together is not None:
+                return together
         base = _part(self, "base_layer")
         y = lora_sum(x, _operand(base), base._parameters["bias"], [parts.operands() for parts in active])
         # lora_bias
