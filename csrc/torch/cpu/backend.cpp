@@ -2,6 +2,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <chrono>
 
@@ -105,13 +106,13 @@ void Backend::launch_together(std::span<const ForwardCall> calls) const {
 }
 
 void Backend::launch_together(std::span<BackwardCall> calls) const {
-  c10::SmallVector<at::Tensor, 4> gs;
+  c10::SmallVector<at::DataPtr, 4> gs;
   for (BackwardCall& call : calls) {
     if (call.dx == nullptr && call.dlora_a == nullptr) continue;
-    const bool wide = fused::rank_dtype(call.problem) == fused::DType::kFloat32;
-    gs.push_back(at::detail::empty_cpu({call.problem.rows, call.problem.rank},
-                                       wide ? at::kFloat : at::kBFloat16));
-    call.g = gs.back().mutable_data_ptr();
+    const auto& p = call.problem;
+    const int64_t size = fused::rank_dtype(p) == fused::DType::kFloat32 ? 4 : 2;
+    gs.push_back(c10::GetCPUAllocator()->allocate(static_cast<size_t>(p.rows * p.rank * size)));
+    call.g = gs.back().get();
   }
   fused::run(calls, level(), pool_);
 }
