@@ -73,9 +73,9 @@ struct Rest {
 struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd may look inside
 
-  static constexpr auto *kScaling = "scaling", *kDropout = "dropout_p";
-  static constexpr auto *kTrainsWeight = "trains_weight", *kTrainsBias = "trains_bias";
-  static constexpr auto *kRounds = "round_adapters", *kColumnOffset = "column_offset";
+  static constexpr auto *kScaling = "scaling", *kFlags = "flags";
+  static constexpr auto *kDropout = "dropout_p", *kColumnOffset = "column_offset";  // of kDrops
+  static constexpr int64_t kTrainsWeight = 1, kTrainsBias = 2, kRounds = 4, kDrops = 8;
 
   // weight, bias: those that train.
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& lora_a,
@@ -89,13 +89,16 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     const bool trains = trains_b || lora_a.requires_grad() || weight;
     ctx->save_for_backward({trains ? x : Tensor(), rest.weight, lora_a, lora_b,
                             trains_b ? h : Tensor(), rest.seed.value_or(Tensor())});
+    const bool drops = rest.dropout_p > 0.0;
+    const int64_t flags = (weight ? kTrainsWeight : 0) | (bias ? kTrainsBias : 0) |
+                          (rest.round_adapters ? kRounds : 0) | (drops ? kDrops : 0);
     auto& data = ctx->saved_data;
     data[kScaling] = rest.scaling;
-    if (rest.dropout_p > 0.0) data[kDropout] = rest.dropout_p;
-    if (weight) data[kTrainsWeight] = true;
-    if (bias) data[kTrainsBias] = true;
-    if (rest.round_adapters) data[kRounds] = true;
-    if (rest.column_offset != 0) data[kColumnOffset] = rest.column_offset;
+    if (flags != 0) data[kFlags] = flags;
+    if (drops) {
+      data[kDropout] = rest.dropout_p;
+      data[kColumnOffset] = rest.column_offset;
+    }
     return y;
   }
 
@@ -105,13 +108,12 @@ struct LoRALinearFunction : torch::autograd::Function<LoRALinearFunction> {
     const Tensor &weight = saved[1], &lora_a = saved[2], &lora_b = saved[3];
     const auto& data = ctx->saved_data;
     const double scaling = data.at(kScaling).toDouble();
-    const auto dropout = data.find(kDropout);
-    const double dropout_p = dropout == data.end() ? 0.0 : dropout->second.toDouble();
-    const bool round_adapters = data.count(kRounds) > 0;
-    const auto offset = data.find(kColumnOffset);
-    const int64_t column_offset = offset == data.end() ? 0 : offset->second.toInt();
-    const bool trains_weight = data.count(kTrainsWeight) > 0;
-    const bool trains_bias = data.count(kTrainsBias) > 0;
+    const auto found = data.find(kFlags);
+    const int64_t flags = found == data.end() ? 0 : found->second.toInt();
+    const bool round_adapters = flags & kRounds, drops = flags & kDrops;
+    const bool trains_weight = flags & kTrainsWeight, trains_bias = flags & kTrainsBias;
+    const double dropout_p = drops ? data.at(kDropout).toDouble() : 0.0;
+    const int64_t column_offset = drops ? data.at(kColumnOffset).toInt() : 0;
     // Edges lead to x, A and B, and to those of weight and bias that train.
     const composed::Needed needed = {ctx->needs_input_grad(0),
                                      trains_weight && ctx->needs_input_grad(3),
