@@ -6,7 +6,8 @@ from fused_lora._version import __version__
 from fused_lora.binary import FusedLoRAWarning
 from fused_lora.choices import share_choices
 from fused_lora.explanation import explain
-from fused_lora.files import AdapterFileError, load_adapter, save_adapter
+from fused_lora.files import load_adapter, save_adapter
+from fused_lora.gate import held, swapping
 from fused_lora.grouped import use_groups
 from fused_lora.grouping import group, groups, ungroup
 from fused_lora.layer import LoRALinear, LoRASettings
@@ -19,9 +20,11 @@ from fused_lora.ops import (
 )
 from fused_lora.packing import pack, unpack
 from fused_lora.paths import use_cpu_level, use_path
+from fused_lora.peft_files import AdapterFileError
 from fused_lora.report import GroupReport, PackReport, Report
 from fused_lora.swap import (
     add_lora,
+    delete_adapter,
     disabled,
     merge,
     remove_lora,
@@ -42,12 +45,14 @@ __all__ = [
     "__version__",
     "add_lora",
     "clear_cast_cache",
+    "delete_adapter",
     "disabled",
     "dropout_mask",
     "explain",
     "fuse",
     "group",
     "groups",
+    "held",
     "load_adapter",
     "lora_linear",
     "lora_linear_grouped",
@@ -58,6 +63,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "share_choices",
+    "swapping",
     "train_adapters",
     "unfuse",
     "ungroup",

@@ -1,8 +1,4 @@
-"""Adapters in PEFT's own format: adapter_config.json and adapter_model.safetensors.
-
-Keys are base_model.model.<path>.lora_A.weight and ….lora_B.weight; the adapter's name is a matter of the
-running process and not of the file.
-"""
+"""Adapters from a model to PEFT's files, and from the files to a model (fused_lora.peft_files)."""
 
 from __future__ import annotations
 
@@ -16,30 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_lora.gate import swapping
 from fused_lora.grouping import set_grouped
-from fused_lora.layer import LoRALinear, LoRASettings, check_adapter, linear_features, obstacle
-from fused_lora.ops import is_sharded
-from fused_lora.swap import demand_unmerged, freeze, lora_layers, set_adapter
-
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
-
-# Fields of an adapter's configuration that change what it computes, beyond r, alpha and rslora: a file
-# that sets one is refused, because to load only its matrices would be to compute something else.
-_UNSUPPORTED = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config"),
-    *("velora_config", "monteclora_config", "kasa_config"),
+from fused_lora.layer import (
+    LoRALinear,
+    LoRASettings,
+    adapter_dtype,
+    check_adapter,
+    linear_features,
+    obstacle,
 )
-# Ways to start an adapter that leave the base weights alone. The others take the adapter's start out of
-# them, so that on the plain base its matrices compute something else.
-_NEUTRAL_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-class AdapterFileError(ValueError):
-    """An adapter's files that do not hold what they should, or do not fit the model."""
+from fused_lora.ops import is_sharded
+from fused_lora.packed import held_weight
+from fused_lora.peft_files import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    AdapterFileError,
+    Entry,
+    demand_finite,
+    read,
+    safetensors_torch,
+)
+from fused_lora.swap import demand_unmerged, freeze, lora_layers, set_adapter
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -56,10 +51,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     sharded = any(is_sharded(layer.lora_A[adapter_name]) for layer in layers.values())
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _gathered(layer.lora_A[adapter_name])
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _gathered(layer.lora_B[adapter_name])
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = _gathered(layer.lora_A[adapter_name])
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = _gathered(layer.lora_B[adapter_name])
     config = _config(model, {name: layer.settings[adapter_name] for name, layer in layers.items()}, layers)
-    save_file = _safetensors().save_file
+    save_file = safetensors_torch().save_file
     if sharded and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -81,42 +76,60 @@ def load_adapter(
     directory: str | os.PathLike[str],
     adapter_name: str = "default",
     *,
+    replace: bool = False,
+    activate: bool = True,
+    rank: int | None = None,
     trainable: bool = False,
     dtype: torch.dtype | None = None,
     grouped: bool = True,
 ) -> list[str]:
     """Puts an adapter from PEFT's files on `model`, in place, and makes it the active one.
 
-    Linears that have no adapter yet are adopted, as `add_lora` does; the model is frozen.
+    Linears that have no adapter yet are adopted, as `add_lora` does; the base model is frozen. The files are
+    read and checked whole before anything changes; then all layers change within one swap, which threads
+    that hold the model see before or after it and never in between (fused_lora.held).
 
     Args:
+        replace: put it in place of the adapter of that name, if there is one. Layers that the files leave out
+            lose theirs. Where shapes and dtypes stay, so do the Parameters: compiled models and captured
+            graphs go on with the new numbers.
+        activate: make it the active adapter; else which are active is left as it is.
+        rank: hold the adapter at this rank whatever its own, which must not be larger: A and B are padded
+            with zeros, the scaling goes into B, dropout is left out. Another adapter of the same layers then
+            takes its place in a compiled model without compiling again. Layers that the files leave out hold
+            zeros.
         trainable: whether the adapter's matrices train.
-        dtype: of the matrices in memory; by default as `add_lora` chooses it.
+        dtype: of the matrices in memory; by default that of what is replaced, else as `add_lora` chooses it.
         grouped: compute layers that share an input together (fused_lora.group).
 
-    Returns the paths of the layers that carry it. Raises AdapterFileError, before anything is changed,
-    where the files are missing or damaged, ask for what is not supported, or do not fit the model.
+    Returns the paths of the layers that the files hold. Raises AdapterFileError, before anything is changed,
+    where the files are missing or damaged, ask for what is not supported, or do not fit the model or `rank`.
     """
     directory = Path(directory)
     check_adapter(adapter_name, dtype)
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank must be a whole number ≥ 1, got {rank!r}")
+    if rank is not None and trainable:
+        raise ValueError("trainable: an adapter that is held at another rank (rank=) does not train")
     demand_unmerged(model, "load an adapter")
-    config = _read_config(directory)
-    tensors = _read_tensors(directory)
-    plan = _plan(model, config, tensors, adapter_name)
-    freeze(model)
-    for name, (settings, a, b) in plan.items():
-        module = model.get_submodule(name)
-        layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
-        layer.add_adapter(adapter_name, settings, dtype=dtype)
-        _fill(layer.lora_A[adapter_name], a)
-        _fill(layer.lora_B[adapter_name], b)
-    set_adapter(model, adapter_name)
-    for layer in lora_layers(model).values():
-        if adapter_name in layer.settings:
-            layer.lora_A[adapter_name].requires_grad_(trainable)
-            layer.lora_B[adapter_name].requires_grad_(trainable)
-    set_grouped(model, grouped)
-    return list(plan)
+    try:
+        config, entries = read(directory)
+        _demand_fits(model, config, entries, adapter_name, replace)
+        ready = {
+            name: _prepared(model.get_submodule(name), name, adapter_name, entry, rank, dtype)
+            for name, entry in entries.items()
+        }
+        with swapping(model):
+            demand_unmerged(model, "load an adapter")
+            _demand_fits(model, config, entries, adapter_name, replace)  # other threads' swaps came before
+            _put(model, adapter_name, ready, replace, rank)
+            if activate:
+                set_adapter(model, adapter_name, trainable=trainable)
+            _let_train(model, adapter_name, trainable)
+            set_grouped(model, grouped)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{directory}: {error}") from error.__cause__
+    return list(entries)
 
 
 def _gathered(parameter: Tensor) -> Tensor:
@@ -125,46 +138,29 @@ def _gathered(parameter: Tensor) -> Tensor:
     return parameter.detach().contiguous()
 
 
-def _fill(parameter: Tensor, tensor: Tensor) -> None:
-    if is_sharded(parameter):
-        from fused_lora import shards
-
-        tensor = shards.placed_as(tensor, parameter)
-    with torch.no_grad():
-        parameter.copy_(tensor)
-
-
-def _plan(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter_name: str
-) -> dict[str, tuple[LoRASettings, Tensor, Tensor]]:
-    """For each layer: the settings, A and B; all of it checked against the model."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if not match:
-            raise AdapterFileError(f"{TENSORS}: unexpected tensor {key!r}")
-        pairs.setdefault(match[1], {})[match[2]] = tensor
-    if not pairs:
-        raise AdapterFileError(f"{TENSORS}: holds no tensors")
+def _demand_fits(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    entries: Mapping[str, Entry],
+    adapter_name: str,
+    replace: bool,
+) -> None:
     modules = dict(model.named_modules())
-    plan = {}
-    for name, pair in pairs.items():
-        if len(pair) != 2:
-            missing = "B" if "A" in pair else "A"
-            raise AdapterFileError(f"{TENSORS}: tensor {_PREFIX}{name}.lora_{missing}.weight is missing")
+    for name, (settings, a, b) in entries.items():
         if name not in modules:
             raise AdapterFileError(f"{TENSORS}: the model has no module {name!r}")
         module = modules[name]
         if isinstance(module, LoRALinear):
-            if adapter_name in module.settings:
-                raise ValueError(f"adapter_name: {name} has an adapter {adapter_name!r} already")
+            if adapter_name in module.settings and not replace:
+                raise ValueError(
+                    f"adapter_name: {name} has an adapter {adapter_name!r} already (replace=True puts this "
+                    "one in its place)"
+                )
         else:
             reason = obstacle(module)
             if reason:
                 raise AdapterFileError(f"{TENSORS}: {name} cannot carry an adapter: {reason}")
-        a, b = pair["A"], pair["B"]
         in_features, out_features = linear_features(module)
-        settings = _settings(config, name)
         r = settings.r
         for tensor, letter, shape in ((a, "A", (r, in_features)), (b, "B", (out_features, r))):
             if tuple(tensor.shape) != shape:
@@ -172,88 +168,87 @@ def _plan(
                     f"{TENSORS}: {name}.lora_{letter} must have shape {list(shape)} (r={r} of {CONFIG} and "
                     f"the model's {in_features}→{out_features}), got {list(tensor.shape)}"
                 )
-            if not torch.isfinite(tensor).all():
-                raise AdapterFileError(f"{TENSORS}: {name}.lora_{letter} holds values that are not finite")
-        plan[name] = (settings, a, b)
-    for name in _targeted(model, config):
-        if name not in pairs:
+    targeted = _targeted(model, config)
+    if targeted is None:
+        return
+    for name in targeted:
+        if name not in entries:
             raise AdapterFileError(
                 f"{TENSORS}: {CONFIG} has {name} in target_modules, and its tensors are missing"
             )
-    return plan
+    for name in entries:
+        if name not in targeted:
+            raise AdapterFileError(
+                f"{TENSORS}: holds tensors of {name}, which {CONFIG} does not have in target_modules"
+            )
 
 
-def _settings(config: Mapping[str, Any], name: str) -> LoRASettings:
-    """A layer's settings by PEFT's rule: the first pattern that fits the end of its path, or the default."""
-    values = {"rank_pattern": config["r"], "alpha_pattern": config["lora_alpha"]}
-    for field in values:
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise AdapterFileError(f"{CONFIG}: {field} must be an object, got {patterns!r}")
-        for pattern, value in patterns.items():
-            try:
-                fits = re.match(rf"(.*\.)?({pattern})$", name)
-            except re.error as error:
-                raise AdapterFileError(f"{CONFIG}: {field} has a bad pattern {pattern!r}: {error}") from error
-            if fits:
-                values[field] = value
-                break
-    r, alpha = values.values()
-    try:
-        return LoRASettings(r, alpha, config.get("lora_dropout") or 0.0, bool(config.get("use_rslora")))
-    except ValueError as error:
-        raise AdapterFileError(f"{CONFIG}, for {name}: {error}") from error
-
-
-def _targeted(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
-    """The linears that the configuration names, by PEFT's rule; none where it narrows the names further."""
+def _targeted(model: nn.Module, config: Mapping[str, Any]) -> list[str] | None:
+    """The linears that the configuration names, by PEFT's rule; None where it narrows the names further."""
     targets = config.get("target_modules")
     narrowed = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    if not isinstance(targets, (str, list)) or any(config.get(field) for field in narrowed):
-        return []
+    if targets in (None, "all-linear") or any(config.get(field) for field in narrowed):
+        return None
     linears = (n for n, m in model.named_modules() if isinstance(m, LoRALinear) or obstacle(m) is None)
     if isinstance(targets, str):
         return [name for name in linears if re.fullmatch(targets, name)]
     return [name for name in linears if any(name == t or name.endswith("." + t) for t in targets)]
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-    except FileNotFoundError:
-        raise AdapterFileError(f"{directory} holds no {CONFIG}") from None
-    except ValueError as error:
-        raise AdapterFileError(f"{directory / CONFIG} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterFileError(f"{CONFIG}: peft_type must be 'LORA', got {kind!r}")
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), (int, float)):
-            raise AdapterFileError(f"{CONFIG}: {field} must be a number, got {config.get(field)!r}")
-    for field in _UNSUPPORTED:
-        if config.get(field):
-            raise AdapterFileError(f"{CONFIG}: {field}={config[field]!r} is not supported")
-    if config.get("init_lora_weights") not in _NEUTRAL_STARTS:
-        start = config["init_lora_weights"]
-        raise AdapterFileError(
-            f"{CONFIG}: init_lora_weights={start!r} is not supported: it changed the base weights. Let PEFT "
-            "convert the adapter (save_pretrained's path_initial_model_for_weight_conversion)"
-        )
-    if config.get("bias", "none") != "none":
-        raise AdapterFileError(f"{CONFIG}: bias={config['bias']!r} is not supported, only 'none'")
-    return config
+def _prepared(
+    module: nn.Module,
+    name: str,
+    adapter_name: str,
+    entry: Entry,
+    rank: int | None,
+    dtype: torch.dtype | None,
+) -> Entry:
+    """What the files hold for a layer, as the layer is to hold it."""
+    settings, a, b = entry
+    weight = held_weight(module)
+    if dtype is None and isinstance(module, LoRALinear) and adapter_name in module.settings:
+        dtype = module.lora_A[adapter_name].dtype
+    dtype = dtype or adapter_dtype(weight)
+    if rank is not None:
+        if settings.r > rank:
+            raise AdapterFileError(f"{CONFIG}: {name} has r={settings.r}, which is more than rank={rank}")
+        b = b.to(torch.promote_types(torch.float32, b.dtype)) * settings.scaling
+        more = rank - settings.r
+        a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+        settings = _held_at(rank)
+    a, b = a.to(weight.device, dtype), b.to(weight.device, dtype)
+    for letter, matrix in (("A", a), ("B", b)):
+        demand_finite(name, letter, matrix, f" in {dtype}")
+    return Entry(settings, a, b)
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    path = directory / TENSORS
-    if not path.exists():
-        raise AdapterFileError(f"{directory} holds no {TENSORS} (pickled adapters are not read)")
-    try:
-        tensors: dict[str, Tensor] = safetensors.load_file(path)
-    except Exception as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}") from error
-    return tensors
+def _held_at(rank: int) -> LoRASettings:
+    return LoRASettings(rank, alpha=float(rank))  # a scaling of 1
+
+
+def _put(
+    model: nn.Module, adapter_name: str, ready: Mapping[str, Entry], replace: bool, rank: int | None
+) -> None:
+    freeze(model)
+    for name, entry in ready.items():
+        module = model.get_submodule(name)
+        layer = module if isinstance(module, LoRALinear) else LoRALinear.adopt(module)
+        layer.put_adapter(adapter_name, *entry)
+    for name, layer in lora_layers(model).items():
+        if replace and name not in ready and adapter_name in layer.settings:
+            if rank is None:
+                layer.delete_adapter(adapter_name)
+                continue
+            a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            zeros = a.new_zeros(rank, layer.in_features), b.new_zeros(layer.out_features, rank)
+            layer.put_adapter(adapter_name, _held_at(rank), *zeros)
+
+
+def _let_train(model: nn.Module, adapter_name: str, trainable: bool) -> None:
+    for layer in lora_layers(model).values():
+        if adapter_name in layer.settings:
+            layer.lora_A[adapter_name].requires_grad_(trainable)
+            layer.lora_B[adapter_name].requires_grad_(trainable)
 
 
 def _config(
@@ -307,14 +302,3 @@ def _task_type(model: nn.Module) -> str | None:
     if can_generate is None or not can_generate():
         return None
     return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            f"adapters are kept in safetensors files, and safetensors does not import ({error}): "
-            "pip install safetensors"
-        ) from error
-    return safetensors.torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -18,7 +19,7 @@ from fused_lora import reference
 from fused_lora.adapter_sum import Adapter, lora_sum
 from fused_lora.gathered import GATHERED, autocast_copy, is_gathered
 from fused_lora.grouped import GROUP, Groupable, Operands, computed_together, pays
-from fused_lora.mixed_batch import adapter_index, present
+from fused_lora.mixed_batch import Names, NamesOfThread, adapter_index, present
 from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed, seed_on
 from fused_lora.packed import (
     WEIGHT,
@@ -39,7 +40,8 @@ PLAIN_LINEARS = {
 # What a plain Parameter is: one; while torch.export traces it, or torch.func.functional_call puts another
 # in its place, these.
 PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_making = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
     settings: dict[str, LoRASettings]
     _active: list[str]
     _enabled: bool
-    _batch: tuple[str | None, ...] | None  # of every element of a batch its adapter (use_adapters)
+    _batch: NamesOfThread | None  # of every element of a batch its adapter; None before any use_adapters
     _unmerged_weight: nn.Parameter | None
     _base_class: type[nn.Module]
     fan_in_fan_out: bool  # weight is stored in_features×out_features, as Conv1D stores it
@@ -195,27 +197,42 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         """
         self._demand_unmerged("add an adapter")
         check_adapter(name, dtype)
-        if is_gathered(self):
-            raise RuntimeError(f"add adapter {name!r} before fully_shard: it does not see what comes later")
         if name in self.settings:
             raise ValueError(f"name: there is an adapter {name!r} already")
-        if dtype is None:
-            half = self.weight.dtype in (torch.bfloat16, torch.float16)
-            dtype = torch.float32 if half else self.weight.dtype
-        options: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
+        weight = held_weight(self)
+        options: dict[str, Any] = {"device": weight.device, "dtype": dtype or adapter_dtype(weight)}
         a = torch.empty(settings.r, self.in_features, **options)
         b = torch.empty(self.out_features, settings.r, **options)
-        if is_sharded(self.weight):
-            from fused_lora import shards
-
-            weight = self.weight.t() if self.fan_in_fan_out else self.weight
-            a, b = shards.placed(a, "lora_a", weight), shards.placed(b, "lora_b", weight)
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(b)
-        self.settings[name] = settings
+        self.put_adapter(name, settings, a, b)
         self.reset_adapter(name)
         if activate:
             self._active = [name]
+
+    def put_adapter(self, name: str, settings: LoRASettings, a: Tensor, b: Tensor) -> None:
+        """Gives the layer an adapter of these matrices, whole, in place of the one of that name if there is
+        one. Which adapters are active is left as it is.
+
+        Where shapes and dtypes are what they were, the Parameters stay and the numbers are written into them:
+        a compiled or captured forward goes on with them.
+        """
+        self._demand_unmerged("put an adapter on")
+        known = name in self.settings
+        weight = held_weight(self)
+        for operand, parameters, matrix in (("lora_a", self.lora_A, a), ("lora_b", self.lora_B, b)):
+            if known and _writable_as(parameters[name], matrix):
+                _write(parameters[name], matrix)
+                continue
+            if is_gathered(self):
+                raise RuntimeError(
+                    f"add adapter {name!r} before fully_shard: it does not see what comes later"
+                )
+            if is_sharded(weight):
+                from fused_lora import shards
+
+                matrix = shards.placed(matrix, operand, weight.t() if self.fan_in_fan_out else weight)
+            trains = not known or parameters[name].requires_grad
+            parameters[name] = nn.Parameter(matrix, requires_grad=trains)
+        self.settings[name] = settings
 
     def reset_adapter(self, name: str) -> None:
         """Draws A anew and zeroes B (after `to_empty()`, for one)."""
@@ -237,6 +254,13 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         self._demand(name)
         del self.lora_A[name], self.lora_B[name], self.settings[name]
         self._active = [active for active in self._active if active != name]
+
+    def names_of_thread(self) -> NamesOfThread:
+        """Where `use_adapters` leaves the names of a thread's batch."""
+        with _making:
+            if self._batch is None:
+                self._batch = NamesOfThread()
+            return self._batch
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
@@ -310,7 +334,9 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         # call for: a dozen of them take as long as the op itself on a small layer.
         state = self.__dict__
         if state["_batch"] is not None:
-            return self._forward_mixed(x, state["_batch"])
+            names = state["_batch"].now()
+            if names is not None:
+                return self._forward_mixed(x, names)
         active = state["_active"]
         if state["_unmerged_weight"] is not None or not state["_enabled"] or not active:
             y: Tensor = self._base_class.forward(self, x)
@@ -361,7 +387,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
             weight = weight.t()
         return autocast_copy(weight) if is_gathered(self) else weight
 
-    def _forward_mixed(self, x: Tensor, batch: tuple[str | None, ...]) -> Tensor:
+    def _forward_mixed(self, x: Tensor, batch: Names) -> Tensor:
         """x: batch×…×in_features, of every element of the batch its adapter."""
         self._demand_unmerged("use several adapters in one batch")
         if x.dim() < 2 or x.shape[0] != len(batch):
@@ -416,7 +442,9 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         if self._unmerged_weight is not None or not self._enabled or len(self._active) != 1:
             return None
         weight = held_weight(self)
-        if self._batch is not None or is_sharded(weight) or is_gathered(self):
+        if is_sharded(weight) or is_gathered(self):
+            return None
+        if self._batch is not None and self._batch.now() is not None:
             return None
         (name,) = self._active
         settings = self.settings[name]
@@ -490,8 +518,13 @@ def check_adapter(name: str, dtype: torch.dtype | None) -> None:
         raise ValueError(f"name must be a non-empty string without dots, got {name!r}")
     if hasattr(nn.ParameterDict(), name):  # the adapters' matrices are its attributes
         raise ValueError(f"name must not be an attribute of torch.nn.ParameterDict, got {name!r}")
-    if dtype is not None and dtype not in _FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _FLOATS))}, got {dtype}")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+
+
+def adapter_dtype(weight: Tensor) -> torch.dtype:
+    """Of A and B where none is asked for: masters beside 16-bit weights, else the weight's own."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -522,7 +555,7 @@ def linear_obstacle(module: nn.Module) -> str | None:
                 return reason
     elif type(plain_parameters(module).get(WEIGHT)) not in PLAIN_PARAMETERS:
         return f"its weight is a {type(weight).__name__}, not a plain Parameter"
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in FLOATS:
         return f"its weight is {weight.dtype}"
     if is_partitioned(weight):
         return "its weight is partitioned (ZeRO-3)"
@@ -557,6 +590,21 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def stores_transposed(kind: type[nn.Module]) -> bool:
     return PLAIN_LINEARS[_qualified(kind)]
+
+
+def _write(parameter: Tensor, matrix: Tensor) -> None:
+    """The numbers of a whole matrix into a Parameter, which may be sharded."""
+    if is_sharded(parameter):
+        from fused_lora import shards
+
+        matrix = shards.placed_as(matrix, parameter)
+    with torch.no_grad():
+        parameter.copy_(matrix)
+
+
+def _writable_as(parameter: Tensor, matrix: Tensor) -> bool:
+    same = parameter.shape == matrix.shape and parameter.dtype == matrix.dtype
+    return same and not parameter.is_inference()
 
 
 def _is_number(value: object) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 
 import fused_lora
 from fused_lora import AdapterFileError, LoRALinear, LoRASettings, add_lora, load_adapter, save_adapter
-from fused_lora.files import CONFIG, TENSORS
+from fused_lora.peft_files import CONFIG, TENSORS
 from fused_lora.swap import lora_layers
 from tests import models
 from tests.models import Snapshot, example, output, shake, skeleton, tiny
