@@ -212,7 +212,7 @@ def _prepared(
     if rank is not None:
         if settings.r > rank:
             raise AdapterFileError(f"{CONFIG}: {name} has r={settings.r}, which is more than rank={rank}")
-        b = b.to(torch.promote_types(torch.float32, b.dtype)) * settings.scaling
+        b = b.to(torch.promote_types(torch.promote_types(b.dtype, dtype), torch.float32)) * settings.scaling
         more = rank - settings.r
         a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
         settings = _held_at(rank)

@@ -25,6 +25,7 @@ from fused_lora.packed import (
     WEIGHT,
     PacksWeight,
     held_weight,
+    packed_weight,
     plain_parameters,
     unpack_weight,
 )
@@ -396,6 +397,8 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
                 f"x has shape {list(x.shape)}"
             )
         names = present(batch, self.settings)
+        if not names and packed_weight(self) is not None:
+            names = tuple(self.settings)[:1]  # of none of the rows, so that the weight stays packed
         if not self._enabled or not names:
             y: Tensor = self._base_class.forward(self, x)
             return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -417,6 +418,33 @@ def truncate(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def longer_than_it_is(directory: Path) -> None:
+    """A header whose last tensor ends beyond the file."""
+    content = (directory / TENSORS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[KEY.format("B")]["data_offsets"][1] += 4096
+    header[KEY.format("B")]["shape"][0] += 4096 // 16
+    told = json.dumps(header).encode()
+    (directory / TENSORS).write_bytes(len(told).to_bytes(8, "little") + told + content[8 + length :])
+
+
+class Opened:
+    """What a pickle runs when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('a pickle was read')",)
+
+
+def only_a_pickle(directory: Path) -> None:
+    (directory / TENSORS).unlink()
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps(Opened()))
+
+
+def a_pickle_by_that_name(directory: Path) -> None:
+    (directory / TENSORS).write_bytes(pickle.dumps(Opened()))
+
+
 def with_value(value: float) -> Any:
     return edit_tensors(lambda tensors: tensors[KEY.format("B")][3, 1:2].fill_(value))
 
@@ -462,7 +490,17 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "no tensors' file": (lambda d: (d / TENSORS).unlink(), "holds no adapter_model.safetensors"),
     "truncated": (truncate, "adapter_model.safetensors cannot be read"),
     "empty file": (write(TENSORS, b""), "adapter_model.safetensors cannot be read"),
+    "a header that lies": (longer_than_it_is, "adapter_model.safetensors cannot be read"),
+    "a pickle alone": (
+        only_a_pickle,
+        r"holds no adapter_model.safetensors \(pickled adapters are not read\)",
+    ),
+    "a pickle by that name": (a_pickle_by_that_name, "adapter_model.safetensors cannot be read"),
     "no tensors": (edit_tensors(empty), "holds no tensors"),
+    "whole numbers": (
+        edit_tensors(lambda tensors: tensors.update({B: torch.ones(32, 4, dtype=torch.int32)})),
+        "o_proj.lora_B must be floating point, got torch.int32",
+    ),
     "unknown tensor": (
         edit_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))),
         "unexpected tensor 'extra'",
@@ -479,6 +517,21 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         edit_config(target_modules=["o_proj", "down_proj"]),
         "has model.layers.0.mlp.down_proj in target_modules, and its tensors are missing",
     ),
+    "a layer too many": (
+        edit_config(target_modules=["q_proj"]),
+        "model.layers.0.self_attn.q_proj in target_modules, and its tensors are missing",
+    ),
+    "another layer": (
+        edit_tensors(lambda t: t.update({key.replace("o_proj", "q_proj"): t[key].clone() for key in (A, B)})),
+        "holds tensors of .*q_proj, which adapter_config.json does not have in target_modules",
+    ),
+    "targets of numbers": (edit_config(target_modules=[1]), r"target_modules must be names.*got \[1\]"),
+    "targets that are no pattern": (
+        edit_config(target_modules="o_proj("),
+        r"target_modules is a bad pattern 'o_proj\('",
+    ),
+    "rslora of text": (edit_config(use_rslora="no"), "use_rslora must be true or false, got 'no'"),
+    "alpha of truth": (edit_config(lora_alpha=True), "lora_alpha must be a number, got True"),
     "other rank": (edit_config(r=8), r"o_proj.lora_A must have shape \[8, 32\] .*got \[4, 32\]"),
     "other rank by pattern": (
         edit_config(rank_pattern={"o_proj": 2}),
@@ -488,8 +541,11 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         edit_tensors(lambda tensors: tensors.update({B: torch.zeros(31, 4)})),
         r"o_proj.lora_B must have shape \[32, 4\] .*32→32.*got \[31, 4\]",
     ),
-    "not a number": (with_value(math.nan), "o_proj.lora_B holds values that are not finite"),
-    "infinite": (with_value(math.inf), "o_proj.lora_B holds values that are not finite"),
+    "not a number": (
+        with_value(math.nan),
+        r"o_proj.lora_B holds values that are not finite: nan at \[3, 1\]",
+    ),
+    "infinite": (with_value(math.inf), r"o_proj.lora_B holds values that are not finite: inf at \[3, 1\]"),
     "another model's": (
         moved("model.layers.7.self_attn.o_proj"),
         "no module 'model.layers.7.self_attn.o_proj'",
@@ -505,9 +561,38 @@ def test_files_that_do_not_fit_are_refused_by_name_and_leave_the_model_as_it_was
     damage(directory)
     model = tiny("llama")
     before = Snapshot.of(model)
-    with pytest.raises(AdapterFileError, match=message):
+    with pytest.raises(AdapterFileError, match=f"{directory}: .*{message}"):
         load_adapter(model, directory)
     before.check(model)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_files_that_are_refused_leave_the_adapter_that_runs_bit_for_bit(case, saved, tmp_path):
+    damage, message = DAMAGE[case]
+    directory = shutil.copytree(saved, tmp_path / "files")
+    damage(directory)
+    model = adapted(targets="o_proj")
+    before = {name: (p, p._version, p.detach().clone()) for name, p in model.named_parameters()}
+    y = output(model, example("llama"))
+    for options in ({}, {"rank": 4}):
+        with pytest.raises(AdapterFileError, match=message):
+            load_adapter(model, directory, replace=True, **options)
+    now = dict(model.named_parameters())
+    assert list(now) == list(before)
+    for name, (parameter, version, values) in before.items():
+        assert now[name] is parameter
+        assert parameter._version == version
+        assert torch.equal(parameter, values)
+    assert torch.equal(output(model, example("llama")), y)
+
+
+def test_numbers_that_the_asked_for_dtype_does_not_hold_are_refused(saved, tmp_path):
+    directory = shutil.copytree(saved, tmp_path / "files")
+    with_value(1e6)(directory)
+    model = tiny("llama")
+    with pytest.raises(AdapterFileError, match=r"lora_B in torch.float16 .*: inf at \[3, 1\]"):
+        load_adapter(model, directory, dtype=torch.float16)
+    assert not lora_layers(model)
 
 
 def merged(targets: str) -> Any:
