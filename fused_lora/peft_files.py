@@ -31,7 +31,7 @@ _UNSUPPORTED = (
 )
 # Ways to start an adapter that leave the base weights alone. The others take the adapter's start out of
 # them, so that on the plain base its matrices compute something else.
-_NEUTRAL_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+_NEUTRAL_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 class AdapterFileError(ValueError):

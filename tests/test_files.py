@@ -279,6 +279,7 @@ FROM_PEFT: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "a layer": ("llama", F32, {"layers_to_transform": [0]}),
     "dropout": ("llama", F32, {"lora_dropout": 0.5}),
     "another start": ("llama", F32, {"init_lora_weights": "gaussian"}),
+    "a start from the base weight": ("llama", F32, {"init_lora_weights": "mica"}),
 }
 
 
