@@ -269,13 +269,13 @@ def use_groups(mode: str) -> Iterator[None]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module may do more than its class's forward."""
-    state = module.__dict__
+    # By attribute: torch.compile, which takes hooks as they are when it traces, guards on none of these then.
     return bool(
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

@@ -29,6 +29,7 @@ from fused_lora.packed import (
     plain_parameters,
     unpack_weight,
 )
+from fused_lora.tracing import constant
 
 # Classes that compute x Wᵀ + b and nothing else, by qualified name so that no library is imported for
 # them, and whether they hold W transposed (in_features×out_features). A subclass may do more, so only
@@ -40,7 +41,7 @@ PLAIN_LINEARS = {
 }
 # What a plain Parameter is: one; while torch.export traces it, or torch.func.functional_call puts another
 # in its place, these.
-PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+_PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _making = threading.Lock()
 
@@ -474,6 +475,10 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
             return "its adapters are switched off"
         return None if self._active else "no adapter of it is active"
 
+    def __repr__(self) -> str:
+        # vmap asks for it as its function's name; a trace cannot spell numbers that it takes as symbols.
+        return type(self).__name__ if torch.compiler.is_compiling() else super().__repr__()
+
     def extra_repr(self) -> str:
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -543,12 +548,14 @@ def obstacle(module: nn.Module) -> str | None:
 def linear_obstacle(module: nn.Module) -> str | None:
     """Why the op cannot stand for a module's own forward; None where it can."""
     kind = type(module)
-    if _qualified(kind) not in PLAIN_LINEARS:
+    if not _is_plain(kind):
         return f"a {kind.__name__} is not a plain linear"
-    if "forward" in vars(module):
+    if "forward" in module.__dict__:
         return "its forward is overridden on the instance (as offloading, quantising and sharding hooks do)"
     weight = held_weight(module)
-    if is_sharded(weight):
+    if not is_plain_parameter(type(plain_parameters(module).get(WEIGHT))):
+        if not is_sharded(weight):
+            return f"its weight is a {type(weight).__name__}, not a plain Parameter"
         from fused_lora import shards
 
         # How FSDP shards a weight between steps is no matter to forward.
@@ -556,13 +563,27 @@ def linear_obstacle(module: nn.Module) -> str | None:
             reason = shards.weight_obstacle(weight.t() if stores_transposed(kind) else weight)
             if reason:
                 return reason
-    elif type(plain_parameters(module).get(WEIGHT)) not in PLAIN_PARAMETERS:
-        return f"its weight is a {type(weight).__name__}, not a plain Parameter"
-    if weight.dtype not in FLOATS:
+    if not _is_float(weight.dtype):
         return f"its weight is {weight.dtype}"
     if is_partitioned(weight):
         return "its weight is partitioned (ZeRO-3)"
     return None
+
+
+@constant
+def _is_plain(kind: type) -> bool:
+    return _qualified(kind) in PLAIN_LINEARS
+
+
+@constant
+def _is_float(dtype: torch.dtype) -> bool:
+    return dtype in FLOATS
+
+
+@constant
+def is_plain_parameter(kind: type) -> bool:
+    """Whether tensors of this class are plain Parameters; also those that stand for them in a trace."""
+    return kind in _PLAIN_PARAMETERS
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -591,6 +612,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if stores_transposed(type(module)) else weight
 
 
+@constant
 def stores_transposed(kind: type[nn.Module]) -> bool:
     return PLAIN_LINEARS[_qualified(kind)]
 

@@ -21,6 +21,7 @@ import torch
 
 from fused_lora import choices
 from fused_lora.binary import BINARY, FusedLoRAWarning
+from fused_lora.tracing import constant
 
 PATHS = ("auto", "fused", "composed", "reference")
 VARIABLE = "FUSED_LORA_PATH"
@@ -103,31 +104,38 @@ def _gpu_obstacle(index: int | None) -> str | None:
 
 def compiled(device_type: str, index: int | None = None) -> bool:
     """Whether the compiled ops serve tensors of a device, by whichever path; else plain torch does."""
-    if _asked == "reference":
-        return False
-    problem = obstacle("composed", device_type, index)
-    if problem is None:
-        return True
-    if _asked != "auto":
-        raise RuntimeError(f"path {_asked!r} was asked for, but {problem}")
-    if device_type not in _warned and not torch.compiler.is_compiling():
-        _warned.add(device_type)
-        warnings.warn(
-            f"fused_lora computes in plain torch on {device_type}: {problem}", FusedLoRAWarning, stacklevel=3
-        )
-    return False
+    return _serves(_asked, device_type, index)
 
 
 def choose(device_type: str, index: int | None = None) -> str:
     """The path that serves tensors of a device: one of PATHS, "auto" where the op chooses for each shape."""
-    if not compiled(device_type, index):
+    return _chosen(_asked, device_type, index)
+
+
+def _serves(asked: str, device_type: str, index: int | None) -> bool:
+    if asked == "reference":
+        return False
+    problem = obstacle("composed", device_type, index)
+    if problem is None:
+        return True
+    if asked != "auto":
+        raise RuntimeError(f"path {asked!r} was asked for, but {problem}")
+    if device_type not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device_type)
+        warnings.warn(
+            f"fused_lora computes in plain torch on {device_type}: {problem}", FusedLoRAWarning, stacklevel=5
+        )
+    return False
+
+
+@constant
+def _chosen(asked: str, device_type: str, index: int | None) -> str:
+    if not _serves(asked, device_type, index):
         return "reference"
-    if _asked == "auto":
-        return "auto"
-    problem = obstacle(_asked, device_type, index)
+    problem = None if asked == "auto" else obstacle(asked, device_type, index)
     if problem is not None:
-        raise RuntimeError(f"path {_asked!r} was asked for, but {problem}")
-    return _asked
+        raise RuntimeError(f"path {asked!r} was asked for, but {problem}")
+    return asked
 
 
 @contextmanager

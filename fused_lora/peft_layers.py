@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,19 @@ from fused_lora.adapter_sum import Adapter, lora_sum
 from fused_lora.gathered import autocast_copy, is_gathered
 from fused_lora.grouped import GROUP, Groupable, Operands, computed_together, has_hooks, pays
 from fused_lora.grouping import set_grouped, ungroup
-from fused_lora.layer import PLAIN_PARAMETERS, is_partitioned, linear_obstacle, operand_of, stores_transposed
+from fused_lora.layer import (
+    is_partitioned,
+    is_plain_parameter,
+    linear_obstacle,
+    operand_of,
+    stores_transposed,
+)
 from fused_lora.mixed_batch import adapter_index, present
-from fused_lora.ops import is_sharded, lora_linear_mixed
+from fused_lora.ops import is_sharded, lora_linear, lora_linear_mixed
 from fused_lora.packed import PacksWeight, held_weight
 from fused_lora.report import Report, Swapped
 from fused_lora.targets import Skipped
+from fused_lora.tracing import constant
 
 try:
     from peft.tuners.lora.layer import Linear as PeftLinear
@@ -51,7 +58,20 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
             if together is not None:
                 return together
         base = _part(self, "base_layer")
-        y = lora_sum(x, _operand(base), base._parameters["bias"], [parts.operands() for parts in active])
+        weight, bias = _operand(base), base._parameters["bias"]
+        if len(active) == 1 and not isinstance(active[0].scaling, Tensor):
+            (parts,) = active
+            y = lora_linear(
+                x,
+                weight,
+                parts.a._parameters["weight"],  # type: ignore[arg-type]
+                parts.b._parameters["weight"],  # type: ignore[arg-type]
+                bias,
+                scaling=parts.scaling,
+                dropout_p=parts.dropout_p(),
+            )
+        else:
+            y = lora_sum(x, weight, bias, [parts.operands() for parts in active])
         # lora_bias
         biased = [parts for parts in active if parts.b._parameters["bias"] is not None]
         if biased:
@@ -108,28 +128,31 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
         return self.why_not_fused()
 
 
-class AdapterParts(NamedTuple):
+class AdapterParts:
     """What PEFT computes one adapter of a layer from."""
 
-    name: str
+    __slots__ = ("a", "b", "dropout", "name", "scaling")
     a: nn.Module
     b: nn.Module
     dropout: nn.Module
     scaling: Any
 
-    @staticmethod
-    def of(layer: Any, name: str) -> AdapterParts:
+    def __init__(self, layer: Any, name: str) -> None:
         # Past nn.Module's own lookup, as all below that runs at every call: it takes up to 1 µs each.
         modules = layer._modules
-        a, b, dropout = modules["lora_A"], modules["lora_B"], modules["lora_dropout"]
-        return AdapterParts(
-            name, a._modules[name], b._modules[name], dropout._modules[name], layer.scaling[name]
-        )
+        self.name = name
+        self.a = modules["lora_A"]._modules[name]
+        self.b = modules["lora_B"]._modules[name]
+        self.dropout = modules["lora_dropout"]._modules[name]
+        self.scaling = layer.scaling[name]
+
+    def dropout_p(self) -> float:
+        # A Dropout's, or an Identity's, which has none.
+        return self.dropout.__dict__.get("p", 0.0) if self.dropout.training else 0.0
 
     def operands(self) -> Adapter:
-        drops = self.dropout.training and type(self.dropout) is nn.Dropout
         a, b = self.a._parameters["weight"], self.b._parameters["weight"]
-        return Adapter(a, b, self.scaling, self.dropout.p if drops else 0.0)  # type: ignore[arg-type]
+        return Adapter(a, b, self.scaling, self.dropout_p())  # type: ignore[arg-type]
 
 
 def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
@@ -154,7 +177,7 @@ def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
             layer.__class__ = FusedPeftLinear
             layer._weight_changed()  # PEFT may have merged or initialised unseen
         for adapter in layer.lora_A:
-            reason = _obstacle_between_calls(layer, AdapterParts.of(layer, adapter))
+            reason = _obstacle_between_calls(layer, AdapterParts(layer, adapter))
             if reason:
                 report.unfused_adapters.append(Skipped(name, reason))
         size = sum(p.numel() for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
@@ -186,7 +209,7 @@ def layer_obstacle(layer: Any) -> str | None:
     reason = base_obstacle(layer.base_layer)
     if reason:
         return f"its base layer: {reason}"
-    reasons = [_obstacle_between_calls(layer, AdapterParts.of(layer, name)) for name in layer.lora_A]
+    reasons = [_obstacle_between_calls(layer, AdapterParts(layer, name)) for name in layer.lora_A]
     if reasons and all(reasons):
         return reasons[0]
     return None
@@ -200,13 +223,12 @@ def base_obstacle(base: nn.Module) -> str | None:
 def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
     """Why one adapter of a layer runs PEFT's own forward, however its parameters are held; None where it runs
     fused."""
-    name, lora_a, lora_b, dropout, scaling = parts
+    name, lora_a, lora_b, dropout, scaling = parts.name, parts.a, parts.b, parts.dropout, parts.scaling
     if name in layer.lora_variant:
         return f"adapter {name!r} is a variant ({type(layer.lora_variant[name]).__name__})"
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return f"adapter {name!r} holds a {type(lora_a).__name__} and a {type(lora_b).__name__}"
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"adapter {name!r} drops out by a {type(dropout).__name__}"
+    reason = _kinds_obstacle(name, type(lora_a), type(lora_b), type(dropout))
+    if reason is not None:
+        return reason
     if dropout.__dict__.get("inplace"):
         return f"adapter {name!r} drops out in place"
     if lora_a._parameters["bias"] is not None:
@@ -227,11 +249,25 @@ def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
     if not isinstance(scaling, (int, float)) and not (type(scaling) is Tensor and scaling.dim() == 0):
         return f"adapter {name!r} has a {type(scaling).__name__} as scaling, not one number"
     for part in (lora_a, lora_b, dropout):
-        if "forward" in part.__dict__:
-            return f"adapter {name!r} has a {type(part).__name__} whose forward is overridden on the instance"
         if has_hooks(part):
-            return f"adapter {name!r} has hooks"
+            what = f"a {type(part).__name__} whose forward is overridden on the instance"
+            return f"adapter {name!r} has {what if 'forward' in part.__dict__ else 'hooks'}"
     return None
+
+
+@constant
+def _kinds_obstacle(name: str, a: type, b: type, dropout: type) -> str | None:
+    if a is not nn.Linear or b is not nn.Linear:
+        return f"adapter {name!r} holds a {a.__name__} and a {b.__name__}"
+    if dropout not in (nn.Dropout, nn.Identity):
+        return f"adapter {name!r} drops out by a {dropout.__name__}"
+    return None
+
+
+@constant
+def _hooks_on_every_module() -> bool:
+    """A trace takes the hooks that there are; torch.compile does not look for others later."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
@@ -242,7 +278,7 @@ def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
         from fused_lora import shards
 
         return shards.obstacle(operand_of(base), a, b, base._parameters["bias"], parts.operands().dropout_p)
-    if type(a) not in PLAIN_PARAMETERS or type(b) not in PLAIN_PARAMETERS:
+    if not is_plain_parameter(type(a)) or not is_plain_parameter(type(b)):
         held = f"a {type(a).__name__} and a {type(b).__name__}"
         return f"adapter {parts.name!r} holds {held}, not plain Parameters"
     return None
@@ -265,14 +301,17 @@ def _active_adapters(layer: Any) -> list[AdapterParts] | str:
         return "its adapters are switched off"
     if layer.merged_adapters:
         return "it is merged"
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if _hooks_on_every_module():
         return "there are hooks on every module"
     base = _part(layer, "base_layer")
     reason = base_obstacle(base)
     if reason is not None:
         return f"its base layer: {reason}"
     adapters = _part(layer, "lora_A")._modules
-    active = [AdapterParts.of(layer, name) for name in layer.active_adapters if name in adapters]
+    # As its property active_adapters says, which a compiled layer would look up in each of its classes.
+    names = layer._active_adapter
+    names = [names] if isinstance(names, str) else names
+    active = [AdapterParts(layer, name) for name in names if name in adapters]
     if not active:
         return "no adapter of it is active"
     if is_sharded(held_weight(base)):
@@ -290,11 +329,11 @@ def _active_adapters(layer: Any) -> list[AdapterParts] | str:
 def _adapters_of_batch(layer: Any, names: tuple[str, ...]) -> list[AdapterParts]:
     """The adapters that a batch uses here, where the fused op computes what PEFT would; else none."""
     base = _part(layer, "base_layer")
-    if layer._disable_adapters or layer.merged_adapters or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if layer._disable_adapters or layer.merged_adapters or _hooks_on_every_module():
         return []
     if base_obstacle(base) or is_sharded(held_weight(base)):
         return []
-    mixed = [AdapterParts.of(layer, name) for name in present(names, _part(layer, "lora_A")._modules)]
+    mixed = [AdapterParts(layer, name) for name in present(names, _part(layer, "lora_A")._modules)]
     for parts in mixed:
         if adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts):
             return []

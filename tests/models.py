@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import fused_lora
-from fused_lora import adapter_sum, layer
+from fused_lora import adapter_sum, layer, peft_layers
 
 # By which layers call lora_linear.
-CALLERS = (adapter_sum, layer)
+CALLERS = (adapter_sum, layer, peft_layers)
 F32 = torch.float32
 VOCABULARY = 64
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
