@@ -8,6 +8,7 @@ import torch
 
 from fused_lora import choices, paths
 from fused_lora.binary import BINARY
+from fused_lora.grouped import how_computed
 
 # Compute capability, multiprocessors, and shared memory that a block may ask for: what plans depend on.
 GPUS = {
@@ -35,6 +36,8 @@ def explain(
     dropout: bool = False,
     weight_transposed: bool = False,
     weight_packed: bool = False,
+    adapters: int = 1,
+    layers: int = 1,
     gpu: str = "A100",
 ) -> str:
     """Which path a call on `device` takes now, and why, in one line; with a shape, which kernels as well.
@@ -47,20 +50,38 @@ def explain(
         autocast: whether masters are rounded, as under autocast.
         weight_transposed: whether the weight is stored in_features×out_features, as Conv1D does.
         weight_packed: whether the weight is packed (fused_lora.pack), on the CPU.
+        adapters: of a mixed batch (use_adapters, adapter_names): the rows are divided among so many.
+        layers: so many of this kind share x (fused_lora.group).
+        adapters: of a mixed batch (use_adapters, adapter_names), among which the rows are divided; each of
+            this rank.
+        layers: that share x (fused_lora.group), each of these sizes.
         gpu: whose figures plans are made for where no GPU is at hand, one of GPUS.
     """
     device = torch.device(device)
     line = _path(device)
+    for name, count in (("adapters", adapters), ("layers", layers)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"explain: {name} must be a number ≥ 1, got {count}")
+    if adapters > 1 and layers > 1:
+        raise ValueError(
+            f"explain: layers: a mixed batch ({adapters} adapters) computes each by itself, got {layers}"
+        )
+    told = []
+    if adapters > 1:
+        told.append(_mixed(adapters, line))
+    if layers > 1:
+        told.append(f"{layers} layers of one x: {how_computed(layers, rows, dropout, autocast)}")
     shape = {"rows": rows, "in_features": in_features, "out_features": out_features}
     if all(size is None for size in shape.values()):
-        return line
+        return "\n".join([line, *told])
     for name, size in [*shape.items(), ("rank", rank)]:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"explain: {name} must be a number ≥ 1, got {size}")
     if device.type not in ("cpu", "cuda") or line.startswith("reference"):
-        return line
+        return "\n".join([line, *told])
     if dtype == torch.float64 or (device.type == "cpu" and dtype == torch.float16):
-        return f"composed: there are no fused kernels for {dtype} tensors on {device.type!r}"
+        line = f"composed: there are no fused kernels for {dtype} tensors on {device.type!r}"
+        return "\n".join([line, *told])
     if dtype not in (torch.float32, *_HALF):
         raise TypeError(f"explain: dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     adapter_dtype = adapter_dtype or torch.float32
@@ -73,11 +94,11 @@ def explain(
         )
     if device.type == "cpu":
         if line.startswith("composed"):
-            return line
+            return "\n".join([line, *told])
         threads = torch.get_num_threads()
         classes: dict[str, tuple[str, bool]] = BINARY.module.explain_cpu_shape(
             **shape,
-            rank=rank,
+            rank=rank * adapters,
             bfloat16=dtype == torch.bfloat16,
             masters=adapter_dtype != dtype,
             round_adapters=autocast,
@@ -86,9 +107,12 @@ def explain(
             weight_transposed=weight_transposed,
             weight_packed=weight_packed,
             threads=threads,
+            mixed=adapters if adapters > 1 else 0,
         )
         kernels = f"kernels: {BINARY.module.cpu_level()}, {threads} threads"
-        return "\n".join([line, kernels, *_choices("cpu", classes)])
+        return "\n".join([line, *told, kernels, *_choices("cpu", classes)])
+    if adapters > 1:
+        return "\n".join([line, *told, "kernels: plans are told for one adapter"])
     label, figures, found_device = _gpu(device, gpu)
     found: dict[str, tuple[str, str, bool]] = BINARY.module.explain_shape(
         **shape,
@@ -101,7 +125,7 @@ def explain(
         weight_transposed=weight_transposed,
         figures=figures,
     )
-    lines = [line, f"kernels, for {label}:"]
+    lines = [line, *told, f"kernels, for {label}:"]
     lines += [f"  {half}: {plan}" for half, (_, plan, _) in found.items()]
     lines += _choices(found_device, {half: (shape, fast) for half, (shape, _, fast) in found.items()})
     return "\n".join(lines)
@@ -119,6 +143,14 @@ def _path(device: torch.device) -> str:
     if problem is not None:
         return f"composed: {problem}"
     return "fused or composed: whichever is faster, once for each class of shapes (fused_lora.choices)"
+
+
+def _mixed(adapters: int, path: str) -> str:
+    by = "the adapters one after another" if path.startswith("reference") else "one call for all rows"
+    return (
+        f"a mixed batch of {adapters} adapters: {by} (lora_linear_mixed); where they differ in dtype, or in "
+        "training in dropout, the adapters by themselves, in plain torch"
+    )
 
 
 def _gpu(device: torch.device, name: str) -> tuple[str, tuple[int, int, int], str | None]:

@@ -89,6 +89,22 @@ def computed_together(layer: Groupable, x: Tensor, operands: Operands | None) ->
     return group.output(layer, x, operands)
 
 
+def how_computed(layers: int, rows: int | None, dropout: bool, autocast: bool) -> str:
+    """How so many layers that share an input of so many rows are computed now, and why: in words."""
+    if _asked == "never":
+        return "each by a call of its own: use_groups is 'never'"
+    if dropout:
+        return "each by a call of its own: it draws its mask when it is called"
+    if _asked == "always":
+        return "by one call (lora_linear_grouped): use_groups is 'always'"
+    if layers == 2 and not autocast:
+        return "each by a call of its own: two of them spare one sum, except under autocast"
+    if rows is not None and rows < FEWEST_ROWS:
+        return f"each by a call of its own: {rows} rows are fewer than {FEWEST_ROWS}"
+    least = "" if rows is not None else f", from {FEWEST_ROWS} rows on"
+    return f"in training by one call (lora_linear_grouped){least}; without gradients each by its own"
+
+
 class Group:
     """Siblings that are expected to share their input. They are referred to weakly, and refer to it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -130,6 +131,54 @@ def test_every_level_of_instructions_can_be_asked_for_and_they_agree():
     code = "from fused_lora.binary import BINARY; print(BINARY.module.cpu_level())"
     done = run(code, FUSED_LORA_CPU_LEVEL="plain")
     assert done.stdout == "plain\n", done.stderr
+
+
+def test_explain_tells_of_mixed_batches_and_their_own_choices():
+    shape = {"rows": 6, "in_features": 20, "out_features": 24, "rank": 3, "dtype": torch.float32}
+    one, mixed = (fused_lora.explain(**shape, adapters=adapters) for adapters in (1, 3))
+    assert "mixed" not in one
+    assert "a mixed batch of 3 adapters: one call for all rows (lora_linear_mixed)" in mixed
+    with fused_lora.use_path("reference"):
+        assert "adapters one after another" in fused_lora.explain(adapters=3)
+
+
+def test_explain_names_the_choice_that_a_mixed_batch_took():
+    shape = {"in_features": 20, "out_features": 24, "dtype": torch.float32}
+    said = functools.partial(fused_lora.explain, rows=6, rank=3, **shape)
+    assert "forward: made at the first call" in said(adapters=3)
+    x, weight = torch.randn(6, 20), torch.randn(24, 20)
+    a, b = [torch.randn(3, 20) for _ in range(3)], [torch.randn(24, 3) for _ in range(3)]
+    fused_lora.lora_linear_mixed(x, weight, a, b, torch.arange(6) % 3, scaling=[1.0] * 3)
+    assert "forward: made at the first call" not in said(adapters=3)
+    assert "forward: made at the first call" in said(adapters=2)
+
+
+def test_explain_tells_whether_layers_of_one_x_are_computed_together():
+    said = functools.partial(fused_lora.explain, layers=3)
+    for arguments, words in (
+        ({}, "3 layers of one x: in training by one call (lora_linear_grouped), from 512 rows on"),
+        ({"dropout": True}, "each by a call of its own: it draws its mask"),
+        ({"layers": 2}, "each by a call of its own: two of them spare one sum"),
+        ({"layers": 2, "autocast": True}, "2 layers of one x: in training by one call"),
+        ({"rows": 511, "in_features": 20, "out_features": 24}, "511 rows are fewer than 512"),
+    ):
+        assert words in said(**arguments)
+    for mode, words in (("always", "by one call (lora_linear_grouped): use"), ("never", "each by a call")):
+        with fused_lora.use_groups(mode):
+            assert words in said()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapters": 0}, "adapters must be a number ≥ 1, got 0"),
+        ({"layers": 1.5}, "layers must be a number ≥ 1, got 1.5"),
+        ({"adapters": 2, "layers": 3}, r"layers: a mixed batch \(2 adapters\) computes each by itself"),
+    ],
+)
+def test_explain_refuses_counts_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fused_lora.explain(**arguments)
 
 
 def test_explain_tells_of_the_cpus_kernels():

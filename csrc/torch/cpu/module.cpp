@@ -15,10 +15,11 @@ namespace {
 namespace py = pybind11;
 
 // The classes of calls with dense operands, what a layer hands over as a rule: (forward, backward),
-// each (class, whether presumed faster).
+// each (class, whether presumed faster). mixed: adapters that the rows belong to, whose ranks are
+// `rank` together; 0 where all rows belong to one.
 py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, int64_t rank,
                        bool bfloat16, bool masters, bool round_adapters, bool bias, bool dropout,
-                       bool weight_transposed, bool weight_packed, int threads) {
+                       bool weight_transposed, bool weight_packed, int threads, int64_t mixed) {
   // Classes look at addresses for their alignment alone. Torch's allocator gives such as this one.
   static char aligned[1] __attribute__((aligned(64)));
   const auto dense = [&](int64_t columns) { return fused::MatrixView{aligned, columns, 1}; };
@@ -45,6 +46,7 @@ py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, 
   backward.dy = dense(out_features);
   const auto told = [&](ShapeClass shape) {
     shape.threads = threads;
+    shape.mixed = mixed;
     shape.instructions = level_name();
     return std::tuple(shape.text(), kPresumedFaster);
   };
@@ -87,6 +89,7 @@ void add_to(py::module_& m) {
         py::arg("out_features"), py::arg("rank"), py::arg("bfloat16"), py::arg("masters"),
         py::arg("round_adapters"), py::arg("bias"), py::arg("dropout"),
         py::arg("weight_transposed"), py::arg("weight_packed"), py::arg("threads"),
+        py::arg("mixed") = 0,
         "For forward and backward: the shape's class, and whether the kernels are presumed faster "
         "than composed.");
 
