@@ -13,7 +13,7 @@ import torch
 
 import fused_lora
 from benchmarks.cpu import __main__ as command
-from benchmarks.cpu import cases, formulations, goals, memory, models, output, peak, sides, turns
+from benchmarks.cpu import batches, cases, formulations, goals, memory, models, output, peak, sides, turns
 from benchmarks.cpu.cases import BOTH, DECODING, FORWARD, SMOLLM2, STEP, Case, Layer
 from benchmarks.cpu.plan import Plan
 from benchmarks.cpu.results import Measured, Result, Store
@@ -473,6 +473,33 @@ def test_time_left_is_scaled_by_what_was_needed(monkeypatch):
     assert progress.after(two) == "[2/3, 2 min left]"
 
 
+# Batches
+
+
+@pytest.mark.parametrize("case", cases.batch_cases([4], ["float32"], [1])[:3], ids=str)
+def test_the_sides_of_a_batch_compute_the_same_and_the_frozen_one_does_not(case):
+    made = batches.build(case, batches.SIDES[case.half])
+    assert not made.absent
+    results = {}
+    for name, side in made.running.items():
+        with side.context():
+            got = side.call()
+        results[name] = got if case.half == cases.MIXED else got[0]  # y, or the gradient of x
+    for name in set(results) - {sides.FROZEN}:
+        torch.testing.assert_close(results[name], results[sides.PEFT], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(results[sides.FROZEN], results[sides.PEFT], rtol=1e-2, atol=1e-2)
+
+
+def test_one_part_of_the_benchmark_may_be_asked_for():
+    planned = {
+        part: command.planned(command.parse(["--threads", "1", "--only", part])).cases
+        for part in ("layers", "batches", "model")
+    }
+    assert {it.half for it in planned["batches"]} == {cases.MIXED, cases.SHARED}
+    whole = command.planned(command.parse(["--threads", "1"])).cases
+    assert whole == [it for part in planned.values() for it in part]
+
+
 # The command
 
 
@@ -480,16 +507,18 @@ def test_the_grid_is_the_whole_one_and_the_short_run_a_part_of_it():
     full, short = (
         command.planned(command.parse(["--threads", "1", "2", *more])) for more in (["--full"], [])
     )
-    layers = [it for it in full.cases if not it.whole_model]
+    layers = [it for it in full.cases if it.of_one_layer]
     assert len(layers) == 7 * 3 * 5 * 2 * 2 * 2 * 2  # layers, ranks, rows, dropouts, dtypes, threads, halves
     assert {it.layer.name for it in full.cases if it.whole_model} == set(cases.TARGETS)
     assert set(short.cases) < set(full.cases)
     assert {it.layer.model for it in short.cases} == {SMOLLM2}
-    assert {(it.rank, it.half) for it in short.cases} == {(16, h) for h in (FORWARD, BOTH, STEP, DECODING)}
+    assert {(it.rank, it.half) for it in short.cases} == {
+        (16, half) for half in (FORWARD, BOTH, cases.MIXED, cases.SHARED, STEP, DECODING)
+    }
     assert sum(sides.PEFT_COMPILED in full.sides_of(it) for it in layers) == len(layers)
     compiled = [it for it in short.cases if sides.PEFT_COMPILED in short.sides_of(it)]
     assert {(it.half, it.rows, it.threads) for it in compiled} == {(BOTH, 512, 2)}
-    dropouts = {(it.half, it.dropout) for it in short.cases if not it.whole_model}
+    dropouts = {(it.half, it.dropout) for it in short.cases if it.of_one_layer}
     assert dropouts == {(FORWARD, 0.0), (BOTH, 0.0), (BOTH, 0.1)}
 
 

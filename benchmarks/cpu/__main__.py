@@ -32,6 +32,7 @@ from benchmarks.cpu.cases import (
     SMOLLM2,
     TARGETS,
     Layer,
+    batch_cases,
     layer_cases,
     model_cases,
 )
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--targets", nargs="+", help=f"sets of the whole model (default: {' '.join(SHORT_TARGETS)})"
     )
-    parser.add_argument("--only", choices=("layers", "model"), help="one half of the benchmark")
+    parser.add_argument("--only", choices=("layers", "batches", "model"), help="one part of it")
     parser.add_argument(
         "--sides", nargs="+", choices=sorted(SLUGS), help="frozen and peft come along; without it all"
     )
@@ -125,11 +126,13 @@ def planned(asked: argparse.Namespace) -> Plan:
     ranks = asked.r or (RANKS if asked.full else (16,))
     threads = sorted(asked.threads or {1, min(2, _cores())})
     cases = []
-    if asked.only != "model":
+    if asked.only in (None, "layers"):
         cases += layer_cases(layers, ranks, asked.rows, asked.dtype, asked.dropout or DROPOUTS, threads)
     if not (asked.full or asked.dropout):
         cases = [case for case in cases if not (case.half == FORWARD and case.dropout)]
-    if asked.only != "layers":
+    if asked.only in (None, "batches"):
+        cases += batch_cases(ranks, asked.dtype, threads)
+    if asked.only in (None, "model"):
         targets = asked.targets or (TARGETS if asked.full else SHORT_TARGETS)
         cases += model_cases(targets, ranks, asked.dtype, threads[-1])
     chosen = [SLUGS[slug] for slug in asked.sides or ()]

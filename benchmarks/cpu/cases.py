@@ -8,6 +8,7 @@ from itertools import product
 
 FORWARD, BOTH = "forward", "forward + backward"
 STEP, DECODING = "training step", "greedy decoding"
+MIXED, SHARED = "forward of a mixed batch", "forward + backward of layers of one x"
 DTYPES = ("float32", "bfloat16")
 RANKS = (8, 16, 64)
 ROWS = (1, 16, 128, 512, 2048)
@@ -18,6 +19,9 @@ TARGETS = ("o_proj", "o_proj+fc2", "qkv+o_proj", "all")
 SHORT_TARGETS = ("o_proj", "all")
 BATCH, TOKENS = 4, 128  # of a training step
 PROMPT, DECODED = 16, 32  # tokens
+ADAPTERS, ROWS_OF_ADAPTER = 8, 8  # of a mixed batch
+SHARED_OUT = (576, 192, 192)  # out_features of SmolLM2's q, k and v
+SHARED_ROWS = (1, 16, 128, 512)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Case:
     """One comparison: every side of it runs interleaved with the others."""
 
     threads: int
-    half: str  # FORWARD or BOTH of a layer, STEP or DECODING of the model
+    half: str  # FORWARD or BOTH of a layer, MIXED or SHARED, STEP or DECODING of the model
     rank: int
     dtype: str
     dropout: float
@@ -61,16 +65,21 @@ class Case:
         return self.half in (STEP, DECODING)
 
     @property
+    def of_one_layer(self) -> bool:
+        return self.half in (FORWARD, BOTH)
+
+    @property
     def frozen_flops(self) -> float:
         """Of the frozen products of a layer: y, and dx in a backward."""
-        halves = 1 if self.half == FORWARD else 2
+        halves = 1 if self.half in (FORWARD, MIXED) else 2
         return 2.0 * halves * self.rows * self.layer.in_features * self.layer.out_features
 
     @property
     def flops(self) -> float:
         """All that an adapted layer needs: the frozen products, of h and y, then of g, dx, dA and dB."""
-        products = 1 if self.half == FORWARD else 3
-        sizes = self.layer.in_features + self.layer.out_features
+        products = 1 if self.half in (FORWARD, MIXED) else 3
+        layers = len(SHARED_OUT) if self.half == SHARED else 1
+        sizes = layers * self.layer.in_features + self.layer.out_features
         return self.frozen_flops + 2.0 * products * self.rows * self.rank * sizes
 
     def __str__(self) -> str:
@@ -122,4 +131,15 @@ def model_cases(
     grid = product(ranks, dtypes, targets, halves)
     return [
         Case(threads, half, r, dtype, 0.0, Layer(SMOLLM2, names), m) for r, dtype, names, (half, m) in grid
+    ]
+
+
+def batch_cases(ranks: Sequence[int], dtypes: Sequence[str], threads: Sequence[int]) -> list[Case]:
+    """Rows of several adapters, and layers that share their input."""
+    mixed = Layer(SMOLLM2, f"q, o by {ADAPTERS} adapters", 576, 576)
+    shared = Layer(SMOLLM2, "q, k and v", 576, sum(SHARED_OUT))
+    grid = [(MIXED, mixed, ADAPTERS * ROWS_OF_ADAPTER), *((SHARED, shared, rows) for rows in SHARED_ROWS)]
+    return [
+        Case(t, half, r, dtype, 0.0, layer, m)
+        for t, r, dtype, (half, layer, m) in product(threads, ranks, dtypes, grid)
     ]

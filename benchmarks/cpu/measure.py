@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.cpu import models, sides
+from benchmarks.cpu import batches, models, sides
 from benchmarks.cpu.cases import BOTH, STEP, Case
 from benchmarks.cpu.memory import peak_bytes
 from benchmarks.cpu.peak import peak
@@ -40,7 +40,7 @@ def measure(case: Case, plan: Plan, benchmark: BenchmarkFixture) -> Result:
         gemm = None
         if sides.PEAK in wanted:
             gemm, flops[sides.PEAK] = peak(case.dtype, case.threads)
-        built = sides.build(case, wanted, gemm)
+        built = sides.build(case, wanted, gemm) if case.of_one_layer else batches.build(case, wanted)
     peaks = peak_bytes(built.running) if case.half in (BOTH, STEP) else {}
     turns = Turns(built.running)
     rounds = rounds_within(plan.budget, turns.calibrate(), plan.rounds)

@@ -33,7 +33,7 @@ def summary(run: Mapping[str, str], results: Sequence[Result]) -> str:
         "## Goals",
         markdown(goals.HEADERS, [goal.row() for goal in goals.evaluate(results)]),
     ]
-    layers = [it for it in results if not it.case.whole_model]
+    layers = [it for it in results if it.case.of_one_layer]
     models = [it for it in results if it.case.whole_model]
     if layers:
         parts += ["## Layers, geometric means over shapes: the side's time over auto's", _means(layers)]

@@ -59,7 +59,7 @@ MEMORY: tuple[tuple[str, str, Measure], ...] = (
 def draw(directory: Path, run: Mapping[str, str], results: Sequence[Result]) -> list[Path]:
     """A picture for each measure, half, rank and number of threads (memory does not depend on that), and one
     of the whole model."""
-    layers = [it for it in results if not it.case.whole_model]
+    layers = [it for it in results if it.case.of_one_layer]
     written = []
     for (half, rank, threads), group in grouped(layers, lambda c: (c.half, c.rank, c.threads)):
         slug = "forward" if half == FORWARD else "forward-backward"

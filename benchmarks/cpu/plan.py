@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cpu import models, sides
+from benchmarks.cpu import batches, models, sides
 from benchmarks.cpu.cases import BOTH, DECODING, STEP, Case
 from benchmarks.cpu.turns import LEAST_ROUNDS
 
@@ -30,7 +30,9 @@ class Plan:
         """The sides that a case has a row for."""
         if case.whole_model:
             return [name for name in models.sides_of(case.half) if name in self.sides]
-        return [name for name in sides.SIDES if name in self.sides and self._wants(name, case)]
+        if not case.of_one_layer:
+            return [name for name in batches.SIDES[case.half] if name in self.sides]
+        return [name for name in sides.OF_A_LAYER if name in self.sides and self._wants(name, case)]
 
     def _wants(self, side: str, case: Case) -> bool:
         if side == sides.PEAK:

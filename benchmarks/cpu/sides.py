@@ -24,6 +24,7 @@ ADDMM, RUNLORA = "addmm_", "RunLoRA"
 COMPOSED, FUSED, AUTO = "composed", "fused", "auto"
 MASTERS, PACKED = "auto, masters", "packed"
 NO_DROPOUT, PEAK = "auto without dropout", "GEMM peak"
+APART = "auto, apart"
 
 EXPLANATIONS = {
     FROZEN: "nn.Linear; its backward is dx alone",
@@ -38,9 +39,11 @@ EXPLANATIONS = {
     MASTERS: "auto with float32 adapters under bfloat16 autocast, as PEFT's default",
     PACKED: "auto, the frozen weight held packed",
     NO_DROPOUT: "auto on the same layer without dropout",
+    APART: "auto, layers of one x each by a call of its own; auto itself computes them together",
     PEAK: "torch's fastest square GEMM, as the machine's peak",
 }
 SIDES = tuple(EXPLANATIONS)
+OF_A_LAYER = tuple(name for name in SIDES if name != APART)
 PEFT_SIDES = (PEFT, PEFT_DEFAULT, PEFT_COMPILED)
 SCALING = 2.0
 # No cast is kept from call to call: A and B change with every step of a training.
@@ -61,7 +64,7 @@ class _Absent(Exception):
     """A side that has no meaning in a case, with the reason."""
 
 
-def build(case: Case, wanted: Sequence[str] = SIDES, peak: Side | None = None) -> Sides:
+def build(case: Case, wanted: Sequence[str] = OF_A_LAYER, peak: Side | None = None) -> Sides:
     """The sides of a case, called once each.
 
     A side whose first call fails (a path's refusal, no compiler for torch.compile, too little memory) is
