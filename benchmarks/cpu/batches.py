@@ -3,8 +3,8 @@
 A mixed batch: neighbouring rows belong to one of several adapters, in evaluation. PEFT's side is its
 `adapter_names`, a loop over the adapters.
 
-Layers of one x: q, k and v, forward and backward, their gradients of x summed. Ours are computed together, as
-layers that are grouped are, or apart.
+Layers of one x: q, k and v, forward and backward, their gradients of x summed. Ours are grouped, and computed
+as `auto` does, always together, or always apart.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import fused_lora
 from benchmarks.cpu.cases import ADAPTERS, MIXED, ROWS_OF_ADAPTER, SHARED, SHARED_OUT, Case
-from benchmarks.cpu.sides import APART, AUTO, FROZEN, PACKED, PEFT, SCALING, Sides
+from benchmarks.cpu.sides import APART, AUTO, FROZEN, PACKED, PEFT, SCALING, TOGETHER, Sides
 from benchmarks.cpu.turns import Side
 
-SIDES = {MIXED: (FROZEN, PEFT, AUTO, PACKED), SHARED: (FROZEN, PEFT, AUTO, APART)}
+SIDES = {MIXED: (FROZEN, PEFT, AUTO, PACKED), SHARED: (FROZEN, PEFT, AUTO, TOGETHER, APART)}
 NAMES = [f"adapter{i}" for i in range(ADAPTERS)]
 OF_ROW = [name for name in NAMES for _ in range(ROWS_OF_ADAPTER)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -84,9 +84,10 @@ def _shared(name: str, case: Case) -> Side:
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     def call() -> object:
-        return torch.autograd.grad([layer(x) for layer in layers], wanted, dys)
+        computed = x.view_as(x)  # as by a layer before; auto leaves leaves alone
+        return torch.autograd.grad([layer(computed) for layer in layers], wanted, dys)
 
-    modes = {AUTO: "always", APART: "never"}
+    modes = {TOGETHER: "always", APART: "never"}
     return Side(call, functools.partial(fused_lora.use_groups, modes[name]) if name in modes else nullcontext)
 
 

@@ -24,7 +24,7 @@ ADDMM, RUNLORA = "addmm_", "RunLoRA"
 COMPOSED, FUSED, AUTO = "composed", "fused", "auto"
 MASTERS, PACKED = "auto, masters", "packed"
 NO_DROPOUT, PEAK = "auto without dropout", "GEMM peak"
-APART = "auto, apart"
+TOGETHER, APART = "auto, together", "auto, apart"
 
 EXPLANATIONS = {
     FROZEN: "nn.Linear; its backward is dx alone",
@@ -39,11 +39,12 @@ EXPLANATIONS = {
     MASTERS: "auto with float32 adapters under bfloat16 autocast, as PEFT's default",
     PACKED: "auto, the frozen weight held packed",
     NO_DROPOUT: "auto on the same layer without dropout",
-    APART: "auto, layers of one x each by a call of its own; auto itself computes them together",
+    TOGETHER: "auto, layers of one x by one call, where auto itself does so from 512 rows on",
+    APART: "auto, layers of one x each by a call of its own",
     PEAK: "torch's fastest square GEMM, as the machine's peak",
 }
 SIDES = tuple(EXPLANATIONS)
-OF_A_LAYER = tuple(name for name in SIDES if name != APART)
+OF_A_LAYER = tuple(name for name in SIDES if name not in (TOGETHER, APART))
 PEFT_SIDES = (PEFT, PEFT_DEFAULT, PEFT_COMPILED)
 SCALING = 2.0
 # No cast is kept from call to call: A and B change with every step of a training.
