@@ -14,7 +14,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check --constraint cons
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu kernels lint format bench clean
+.PHONY: help demo test gpu kernels docs lint format bench clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ gpu: $(VENV)/built  ## on a machine with a GPU: run its tests, then the benchmar
 
 kernels: $(VENV)/built  ## without a GPU: what the CUDA kernels move, what the compiler made of them, a prediction
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+docs: $(VENV)/built  ## build the manual in out/docs; ARGS='-b linkcheck' checks the links that lead outwards
+	$(BIN)/python -m sphinx -W --keep-going docs out/docs $(ARGS)
 
 lint: $(VENV)/built  ## check style, formatting and types
 	$(BIN)/ruff check .

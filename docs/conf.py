@@ -1,0 +1,52 @@
+"""Sphinx builds the manual: Markdown by MyST, the reference from the docstrings, Furo's plain theme."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, os.fspath(ROOT))  # the checkout's package is documented, not an installed one
+
+from fused_lora import __version__  # noqa: E402
+
+project = "fused-lora"
+release = __version__
+copyright = "the authors of fused-lora, Apache-2.0"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["drawings/*.py"]
+myst_heading_anchors = 3
+nitpicky = False
+default_role = "py:obj"  # `add_lora` in a docstring leads there
+highlight_language = "none"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Targets": "Targets"}
+maximum_signature_line_length = 88
+add_module_names = False
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"fused-lora {release}"
+html_show_sphinx = False
+html_copy_source = False
+
+linkcheck_timeout = 20
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
+
+
+def show_indented_blocks(
+    app: object, what: str, name: str, of: object, options: object, lines: list[str]
+) -> None:
+    """What a docstring indents after a colon and an empty line is an equation or code: shown as it stands."""
+    for i, line in enumerate(lines[:-2]):
+        indent = len(line) - len(line.lstrip())
+        if line.endswith(":") and not lines[i + 1] and lines[i + 2].startswith(" " * (indent + 4)):
+            lines[i] = line + ":"
+
+
+def setup(app: object) -> None:
+    app.connect("autodoc-process-docstring", show_indented_blocks)  # type: ignore[attr-defined]
