@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -48,5 +49,11 @@ def show_indented_blocks(
             lines[i] = line + ":"
 
 
+def link_to_files(app: object, page: str, source: list[str]) -> None:
+    """Markdown outside of the manual is no page of it: a link leads to the file, as to any other."""
+    source[0] = re.sub(r"\]\((\.\./[^)#]+\.md)\)", r"](path:\1)", source[0])
+
+
 def setup(app: object) -> None:
+    app.connect("source-read", link_to_files)  # type: ignore[attr-defined]
     app.connect("autodoc-process-docstring", show_indented_blocks)  # type: ignore[attr-defined]
