@@ -1,0 +1,1 @@
+"""What the project's documents say: examples run, links lead somewhere, commands and names are there."""
