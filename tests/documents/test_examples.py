@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import fused_lora
 from fused_lora import reference
-from tests.documents.markdown import DOCUMENTS, README, Document
+from tests.documents.markdown import DOCUMENTS, EMULATOR, README, Document
 from tests.models import tiny
 
 
@@ -57,3 +57,17 @@ def test_the_readmes_examples_do_what_it_says(given, tmp_path, capsys):
     assert "layers swapped" in capsys.readouterr().out
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert given["y"].shape == reference.lora_linear(**operands).shape
+
+
+def test_the_emulators_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kernel.cu").write_text(
+        """extern "C" __global__ void scale(const float* x, float* y, float factor, int count) {
+             const int i = blockIdx.x * blockDim.x + threadIdx.x;
+             if (i < count) y[i] = factor * x[i];
+           }"""
+    )
+    x, y = torch.randn(512), torch.zeros(512)
+    (example,) = EMULATOR.examples
+    exec(example, {"x": x, "y": y})
+    assert torch.equal(y, 2 * x)
