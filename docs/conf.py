@@ -19,7 +19,6 @@ copyright = "the authors of fused-lora, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["drawings/*.py"]
 myst_heading_anchors = 3
-nitpicky = False
 default_role = "py:obj"  # `add_lora` in a docstring leads there
 highlight_language = "none"
 
@@ -29,6 +28,7 @@ autodoc_type_aliases = {"Targets": "Targets"}
 maximum_signature_line_length = 88
 add_module_names = False
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # arguments that are described together stay together
 
 html_theme = "furo"
 html_title = f"fused-lora {release}"
@@ -42,11 +42,18 @@ linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]
 def show_indented_blocks(
     app: object, what: str, name: str, of: object, options: object, lines: list[str]
 ) -> None:
-    """What a docstring indents after a colon and an empty line is an equation or code: shown as it stands."""
-    for i, line in enumerate(lines[:-2]):
+    """What a docstring indents after an empty line is an equation or code: shown as it stands."""
+    shown: list[str] = []
+    for line in lines:
         indent = len(line) - len(line.lstrip())
-        if line.endswith(":") and not lines[i + 1] and lines[i + 2].startswith(" " * (indent + 4)):
-            lines[i] = line + ":"
+        before = next((other for other in reversed(shown) if other), "")
+        outer = len(before) - len(before.lstrip())
+        # A list's item is indented less than its second paragraph.
+        is_text = re.match(r"\s*(:|\*|-|\.\. )", before) is None
+        if line and before and not shown[-1] and indent >= outer + 4 and is_text:
+            shown += [" " * outer + "::", ""]
+        shown.append(line)
+    lines[:] = shown
 
 
 def link_to_files(app: object, page: str, source: list[str]) -> None:
