@@ -50,12 +50,13 @@ def explain(
         autocast: whether masters are rounded, as under autocast.
         weight_transposed: whether the weight is stored in_features×out_features, as Conv1D does.
         weight_packed: whether the weight is packed (fused_lora.pack), on the CPU.
-        adapters: of a mixed batch (use_adapters, adapter_names): the rows are divided among so many.
-        layers: so many of this kind share x (fused_lora.group).
         adapters: of a mixed batch (use_adapters, adapter_names), among which the rows are divided; each of
             this rank.
         layers: that share x (fused_lora.group), each of these sizes.
-        gpu: whose figures plans are made for where no GPU is at hand, one of GPUS.
+        gpu: whose figures plans are made for where no GPU is at hand: "A100", "L4", "RTX 4090", "H100",
+            "B200" or "RTX 5090".
+
+    Raises ValueError and TypeError for what does not fit, by the argument's name.
     """
     device = torch.device(device)
     line = _path(device)

@@ -48,8 +48,10 @@ _making = threading.Lock()
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What an adapter is besides its two matrices. scaling = alpha / r, or alpha / √r with rslora
-    (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732)."""
+    """What an adapter is besides its two matrices: its rank r ≥ 1, alpha, and the probability in [0, 1] with
+    which its input is dropped in training. Its scaling is alpha / r, or alpha / √r with rslora
+    (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732).
+    Raises ValueError for other values."""
 
     r: int = 16
     alpha: float = 32.0
@@ -124,7 +126,8 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
     ) -> LoRALinear:
         """A new layer that shares weight, bias and hooks with `linear`, which stays as it is.
 
-        linear: nn.Linear or another of PLAIN_LINEARS. Raises TypeError for anything else.
+        linear: nn.Linear, or transformers' Conv1D or FalconLinear. Raises TypeError for anything else, their
+        subclasses included, which may do more.
         """
         reason = obstacle(linear)
         if reason:
@@ -140,7 +143,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
     @classmethod
     def adopt(cls, linear: nn.Module) -> LoRALinear:
         """Turns `linear` itself into a LoRALinear without adapters: its parameters, its hooks and every
-        reference to it stay. `release()` turns it back. Raises TypeError where `obstacle` has a reason."""
+        reference to it stay. `release()` turns it back. Raises TypeError for what `from_linear` refuses."""
         reason = obstacle(linear)
         if reason:
             raise TypeError(f"linear: {reason}")
@@ -279,7 +282,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
 
     @property
     def enabled(self) -> bool:
-        """False: the layer is the frozen linear alone."""
+        """Whether the active adapters are added; if not, the layer is the frozen linear alone."""
         return self._enabled
 
     @enabled.setter
@@ -291,6 +294,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
 
     @property
     def merged(self) -> bool:
+        """Whether the active adapters are part of `weight` now."""
         return self._unmerged_weight is not None
 
     def delta_weight(self, name: str) -> Tensor:
@@ -304,7 +308,11 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the active adapters to the weight, in float32, rounded once to the weight's dtype."""
+        """Adds the active adapters to the weight, in float32, rounded once to the weight's dtype.
+
+        Raises RuntimeError where the layer is merged already or its adapters are switched off, and ValueError
+        for a sum that is not finite.
+        """
         if self.merged:
             raise RuntimeError("the layer is merged already")
         if not self._enabled:
@@ -323,7 +331,7 @@ class LoRALinear(nn.Linear, PacksWeight, Groupable):
         self.__dict__["_unmerged_weight"] = original
 
     def unmerge(self) -> None:
-        """Puts the original weight back."""
+        """Puts the original weight back. Raises RuntimeError where the layer is not merged."""
         if self._unmerged_weight is None:
             raise RuntimeError("the layer is not merged")
         self.weight, self._unmerged_weight = self._unmerged_weight, None

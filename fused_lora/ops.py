@@ -261,7 +261,17 @@ def dropout_mask(
 ) -> Tensor:
     """The mask that `lora_linear` applies to rows×columns of x for a seed: true, or 1, where it keeps.
 
-    An int seed means the CPU. The offsets draw a part of a larger mask (a shard's rows or columns).
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) draws 16 bits an
+    element; the same mask on every device.
+
+    Args:
+        seed: an int, which means the CPU, or one int64 on the device that the mask is for.
+        rows, columns: the mask's size.
+        p: probability with which an element is dropped, rounded to a multiple of 2⁻¹⁶.
+        row_offset, column_offset: where in a larger mask this one begins (a shard's rows or columns).
+        dtype: torch.bool or a floating-point dtype.
+
+    Raises ValueError and TypeError for what does not fit, by the argument's name.
     """
     seed_tensor = seed if isinstance(seed, Tensor) else seed_on(torch.device("cpu"), seed)
     if not paths.compiled(seed_tensor.device.type, seed_tensor.device.index):

@@ -140,7 +140,8 @@ def _chosen(asked: str, device_type: str, index: int | None) -> str:
 
 @contextmanager
 def use_path(name: str) -> Iterator[None]:
-    """Within this context every call, of every thread, takes the path `name` (one of PATHS)."""
+    """Within this context every call, of every thread, takes the path `name`: "auto", "fused", "composed" or
+    "reference". Raises ValueError for another name; a call that the path cannot serve raises RuntimeError."""
     before = _asked
     _ask_for(_checked(name, "path"))
     try:
@@ -157,7 +158,8 @@ def _ask_for(name: str) -> None:
 
 @contextmanager
 def use_cpu_level(name: str) -> Iterator[None]:
-    """Within this context the CPU kernels of every thread use these instructions, one of CPU_LEVELS.
+    """Within this context the CPU kernels of every thread use these instructions: "best", "plain", "avx2",
+    "avx512" or "avx512_bf16".
 
     Raises ValueError for another name, and where the processor does not have them.
     """

@@ -31,7 +31,10 @@ class Packed:
 
 @dataclass
 class PackReport:
-    """Which weights are packed, and which are left plain and why. print() it."""
+    """Which weights are packed, and which are left plain and why. print() it.
+
+    `packed` lists them (`name`, `bytes`), and `left_plain` the others (`name`, `reason`).
+    """
 
     packed: list[Packed] = field(default_factory=list)
     left_plain: list[Skipped] = field(default_factory=list)
@@ -66,7 +69,12 @@ class GroupReport:
 
 @dataclass
 class Report:
-    """What was swapped, what was not and why, and what trains. print() it."""
+    """What was swapped, what was not and why, and what trains. print() it.
+
+    `swapped` lists the layers, `skipped` what stays as it is (`name`, `reason`), `unfused_adapters` adapters
+    of swapped layers that do not run fused, `groups` the names of layers that share an input; `trained` and
+    `total` count parameters.
+    """
 
     title: str
     swapped: list[Swapped] = field(default_factory=list)
