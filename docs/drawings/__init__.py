@@ -1,6 +1,6 @@
 """The manual's drawings: python -m docs.drawings writes each as an SVG into this folder.
 
-They are made by a program so that what they show stays true: sizes of tiles and bytes of launches come from
+They are made by a program so that what they show stays true: bytes of launches and measured figures come from
 where the project states them.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.drawings import backward, panels, stages, tile, traffic
+from docs.drawings import backward, layers, panels, stages, tile, traffic
 from docs.drawings.canvas import Drawing
 
 FOLDER = Path(__file__).parent
@@ -19,4 +19,5 @@ DRAWINGS: dict[str, Callable[[], Drawing]] = {
     "traffic": traffic.draw,
     "backward": backward.draw,
     "panels": panels.draw,
+    "layers": layers.draw,
 }

@@ -30,6 +30,7 @@ def style(dark: bool = False) -> str:
     for name, schemes in COLOURS.items():
         fill, line = schemes[dark]
         rules.append(f".{name}{{fill:{fill};stroke:{line}}}.{name}-ink{{fill:{line}}}")
+        rules.append(f".{name}-line{{stroke:{line}}}")
     return "".join(rules)
 
 
@@ -72,10 +73,10 @@ class Drawing:
         for i, words in enumerate(lines):
             self.text(x, y + 18 * i, words, "quiet", size=12)
 
-    def line(self, *points: tuple[float, float], dashed: bool = False) -> None:
+    def line(self, *points: tuple[float, float], dashed: bool = False, kind: str = "") -> None:
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        self._parts.append(f'<polyline class="line" points="{path}" fill="none"{dash}/>')
+        self._parts.append(f'<polyline class="{kind and kind + "-"}line" points="{path}" fill="none"{dash}/>')
 
     def arrow(self, *points: tuple[float, float]) -> None:
         """A line of horizontal and vertical parts with a head at its end."""

@@ -10,7 +10,7 @@ from sphinx.cmd.build import build_main
 
 import fused_lora
 from docs.drawings import DRAWINGS, FOLDER
-from tests.documents.markdown import ROOT
+from tests.documents.markdown import MANUAL, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,5 @@ def test_drawings_are_up_to_date(name):
 
 
 def test_every_picture_is_a_drawing_of_the_manuals():
-    shown = re.findall(
-        r"!\[[^]]+\]\(drawings/(\w+)\.svg\)", (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
-    )
+    shown = [name for page in MANUAL for name in re.findall(r"!\[[^]]+\]\(drawings/(\w+)\.svg\)", page.text)]
     assert sorted(shown) == sorted(DRAWINGS)
