@@ -22,6 +22,9 @@ def given(tmp_path, monkeypatch):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     tiny("llama").save_pretrained("my-model")
+    adapted = tiny("llama")
+    fused_lora.add_lora(adapted, "o_proj", r=2)
+    fused_lora.save_adapter(adapted, "italian-adapter")
     input_ids = torch.ones(3, 5, dtype=torch.int64)
     yield {
         **{name: tiny("llama") for name in ("model", "another_model", "third_model")},
