@@ -22,3 +22,15 @@ def either_path(request):
     """The test runs by the fused kernels, where they serve, and by torch's GEMMs."""
     with fused_lora.use_path(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The directory of a tiny language model that knows the shop's words."""
+    from examples.shop.jobs import JOBS
+    from tests import language_model
+
+    directory = tmp_path_factory.mktemp("model") / "tiny-llama"
+    examples = [example for job in JOBS.values() for example in job.examples()[::10]]
+    language_model.write(directory, (text for e in examples for text in (e.prompt, e.completion)))
+    return directory
