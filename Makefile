@@ -14,7 +14,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check --constraint cons
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu kernels docs lint format bench clean
+.PHONY: help demo shop test gpu kernels docs lint format bench clean
 
 help:  ## list what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ help:  ## list what there is
 
 demo: $(VENV)/built  ## tune a real model on its own shop's copy, beside PEFT; ARGS='--steps 20' and more
 	$(BIN)/python -m examples.product_copy $(ARGS)
+
+shop: $(VENV)/built  ## a shop's four jobs: ARGS=support tunes one, ARGS=serve answers by all, ARGS=--help
+	$(BIN)/python -m examples.shop $(ARGS)
 
 test: $(VENV)/built $(if $(SECOND_TORCH),$(SECOND_VENV)/ready)  ## run every test; ARGS='tests/test_op.py -k bias' chooses
 	$(if $(SECOND_TORCH),FUSED_LORA_SECOND_PYTHON=$(abspath $(SECOND_VENV))/bin/python) \

@@ -11,17 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.product_copy import data, measure, model, results
 from examples.product_copy.__main__ import main
 from examples.product_copy.errors import DemoError
+from tests.language_model import LAYERS
 
-TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 PAIRS = [
     {"prompt": f"name: jar {number}", "completion": f"Jar {number} holds what you put in it."}
     for number in range(1, 13)
@@ -34,41 +29,6 @@ PRODUCT = {
     "copy": "It boils milk.",
     "split": "train",
 }
-LAYERS = 2
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a random Llama of two layers and a tokenizer trained on the pairs."""
-    directory = tmp_path_factory.mktemp("model") / "tiny-llama"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([text for pair in PAIRS for text in pair.values()], trainer)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture
@@ -115,6 +75,16 @@ def test_both_sides_agree(
     assert metrics["adapted_layers"] == LAYERS * (1 + targets.count("+"))
     assert metrics["examples"] == {"train": 10, "heldout": 2, "cut": 0}
     assert [sample["shop"] for sample in metrics["samples"]] == [PAIRS[i]["completion"] for i in (5, 11)]
+
+
+def test_faults_in_the_data_are_shown(
+    tiny_model: Path, data_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = {"prompt": "name: jar 13", "completion": "Write to jane@mail.example.org."}
+    assert run(tiny_model, data_file(*PAIRS, spoilt), tmp_path / "out", "--steps", "1") == 0
+    shown = capsys.readouterr().out
+    assert "FAULT personal" in shown
+    assert "line 13: the completion holds an e-mail address: “Write to j•••@" in shown
 
 
 def test_what_it_leaves_behind(tiny_model: Path, data_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -295,10 +265,24 @@ def test_heldout_loss_weighs_tokens_alike(tiny_model: Path, data_file: Callable[
 # The catalogue
 
 
+def test_the_demo_takes_the_products_that_the_readme_counts() -> None:
+    heldout = [example.heldout for example in data.sample()]
+    assert (heldout.count(False), heldout.count(True)) == (70, 14)
+
+
+def test_lines_end_at_line_ends_alone(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{**pair, "completion": pair["completion"] + " \u2028\x85"} for pair in PAIRS]
+    path.write_text(
+        "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline=""
+    )
+    assert [example.completion for example in data.read(path)] == [row["completion"] for row in rows]
+
+
 def test_the_catalogue() -> None:
     examples = data.read(data.CATALOGUE)
     rows = [json.loads(line) for line in data.CATALOGUE.read_text(encoding="utf-8").splitlines()]
-    assert len(examples) == len(rows) >= 60
+    assert len(examples) == len(rows) >= 200
     assert len({row["id"] for row in rows}) == len({row["name"] for row in rows}) == len(rows)
     heldout = {row["name"] for row in rows if row["split"] == "heldout"}
     assert len(heldout) >= 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.product_copy import data
+from examples.product_copy.arguments import positive, whole
 from examples.product_copy.errors import DemoError, one_line
 
 _EXTRAS = "pip install 'fused-lora[demo]'"
@@ -47,12 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         shown = "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=kind, default=default, help=text + shown)
 
-    option("--steps", _whole, 40, "optimiser steps on each side")
+    option("--steps", whole, 40, "optimiser steps on each side")
     option("--targets", str, "o_proj", "what add_lora adapts: o_proj+fc2, all, a pattern of paths…")
-    option("--r", _whole, 16, "rank of the adapters")
-    option("--alpha", _positive, 32.0, "the adapters' scale is alpha / r")
-    option("--lr", _positive, 5e-3, "highest learning rate")
-    option("--batch-size", _whole, 4, "examples in a step")
+    option("--r", whole, 16, "rank of the adapters")
+    option("--alpha", positive, 32.0, "the adapters' scale is alpha / r")
+    option("--lr", positive, 5e-3, "highest learning rate")
+    option("--batch-size", whole, 4, "examples in a step")
     option("--seed", int, 0, "of the adapters' values and the examples' order")
     option(
         "--model",
@@ -64,31 +64,18 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         Path,
         None,
-        'JSON lines: products as in the catalogue, or {"prompt", "completion", "split"} (else the catalogue)',
+        'JSON lines: products as in the catalogue, or {"prompt", "completion", "split"} (else 84 of the '
+        "catalogue's products)",
     )
     option("--out", Path, Path("out/product_copy"), "where the results go")
-    option("--max-length", _whole, 512, "longest example in tokens")
+    option("--max-length", whole, 512, "longest example in tokens")
     return parser
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number ≥ 1, got {text}")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text}")
-    return value
 
 
 def _run(asked: argparse.Namespace) -> list[str]:
     """The whole demo; returns what failed."""
     source = asked.data or data.CATALOGUE
-    examples = data.read(source)
+    examples = data.read(asked.data) if asked.data else data.sample()
     try:
         asked.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,7 +84,7 @@ def _run(asked: argparse.Namespace) -> list[str]:
     # Only now, after what is quick to check: these take seconds to import.
     import transformers
 
-    from examples.product_copy import model, plot, report
+    from examples.product_copy import model, plot, quality, report
     from examples.product_copy.comparison import compare
 
     transformers.logging.disable_progress_bar()
@@ -105,6 +92,9 @@ def _run(asked: argparse.Namespace) -> list[str]:
     directory = asked.model or model.smollm2()
     tokenizer = model.load_tokenizer(directory)
     encoded = data.encode(examples, tokenizer, asked.max_length, source)
+    faults = quality.check(examples, tokenizer, asked.max_length)
+    if faults.failed:  # which spoils what is learnt, and not the comparison
+        print(f"{source}: its examples have faults\n{faults}", flush=True)
     results = compare(asked, directory, tokenizer, examples, encoded)
 
     plot.draw(results, asked.out / report.PLOT)

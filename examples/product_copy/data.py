@@ -65,7 +65,8 @@ def read(path: Path) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         raise DemoError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     rows: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(), which also breaks at characters that may stand within JSON's strings.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append((number, _parse(line, f"{path}, line {number}")))
     split_given = any("split" in row for _, row in rows)
@@ -87,6 +88,11 @@ def read(path: Path) -> list[Example]:
             hint = "" if split_given else f' (without "split" keys every {HOLD_OUT_EVERY}th line is held out)'
             raise DemoError(f"{path}: no line has split {split!r}, and both splits are needed{hint}")
     return examples
+
+
+def sample() -> list[Example]:
+    """The catalogue's first 84 products, of which 14 are held out: few enough for a run of minutes."""
+    return read(CATALOGUE)[:84]
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
@@ -124,7 +130,12 @@ def _product(row: dict[str, Any], where: str) -> tuple[str, str, str]:
     facts = {"name": name, "category": category}
     facts.update((key, _text(attributes, key, f"{where}, attributes")) for key in attributes)
     listed = "\n".join(f"{key}: {value}" for key, value in facts.items())
-    return name, f"Write the shop's copy for this product.\n\n{listed}", copy
+    return name, product_prompt(listed), copy
+
+
+def product_prompt(facts: str) -> str:
+    """facts: a line each, as "material: beech"."""
+    return f"Write the shop's copy for this product.\n\n{facts}"
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
