@@ -27,7 +27,7 @@ pytest.importorskip("pytest_benchmark")
 
 LAYER = Layer(SMOLLM2, "tiny", 64, 32)
 RUN = {"processor": "a processor", "torch": "2.13.0", "peft": "0.21", "fused_lora": "0.1", "commit": "abc"}
-UNCOMPILED = [name for name in sides.SIDES if name != sides.PEFT_COMPILED]
+UNCOMPILED = [name for name in sides.OF_A_LAYER if name != sides.PEFT_COMPILED]
 steady = pytest.fixture(families.steady, autouse=True)
 
 
