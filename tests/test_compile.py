@@ -203,6 +203,16 @@ def test_a_scale_an_adapter_or_a_switch_is_compiled_once_for_each():
     assert backend.frame_count == known
 
 
+def test_a_layer_is_mapped_over_in_one_graph():
+    """vmap asks for the layer's name, and a trace takes another layer's alpha as a symbol."""
+    x = torch.randn(3, 2, 8)
+    for alpha in (6.5, 5.25):
+        layer = LoRALinear(8, 8, r=2, alpha=alpha)
+        torch.nn.init.normal_(layer.lora_B["default"])
+        mapped = torch.compile(torch.vmap(layer), fullgraph=True, backend="eager")
+        torch.testing.assert_close(mapped(x), layer(x))
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_switching_a_layers_adapters_is_followed(several):
     layer = LoRALinear(24, 16, r=4)
