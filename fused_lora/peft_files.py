@@ -50,7 +50,8 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     """The configuration, and for each layer's path what the files hold. Raises AdapterFileError."""
     config = _read_config(directory)
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(directory).items():
+    # In one order in every process: where the model is sharded, each layer's adapter is a collective.
+    for key, tensor in sorted(_read_tensors(directory).items()):
         match = _KEY.fullmatch(key)
         if not match:
             raise AdapterFileError(f"{TENSORS}: unexpected tensor {key!r}")
