@@ -4,6 +4,12 @@
 //     dx, the frozen GEMM with g·A in its accumulators, or g·A alone
 //     dA and dB, or dA alone, split over the rows
 //     their partial sums added up
+//
+// Calls of one x share the last two: x is read once for all their dA. Their dx is one, to which
+// each adds its own.
+#include <vector>
+
+#include "kernels/batches.h"
 #include "kernels/lora_gemm/plan_gemm.h"
 #include "kernels/plain/plain.h"
 #include "kernels/rank_down/rank_down.h"
@@ -65,6 +71,7 @@ RankGrad grad_of_b(const BackwardCall& call) {
   stage.columns = p.out_features;
   stage.x = call.dy;
   stage.low = call.h;
+  stage.low_stride = call.h_stride;
   stage.out = call.dlora_b;
   stage.out_dtype = p.adapter_dtype;
   return stage;
@@ -79,8 +86,12 @@ Obstacle grad_obstacle(const BackwardCall& call, bool with_b) {
 }
 
 int splits_of(const RankGrad& stage, Obstacle obstacle, const Device& device) {
-  return obstacle == nullptr ? rank_grad_splits(stage, device)
+  return obstacle == nullptr ? rank_grad_splits(&stage, 1, device)
                              : plain_rank_grad_splits(stage, device);
+}
+
+bool one_read(const BackwardPlan& plan) {
+  return plan.one_read_obstacle == nullptr;
 }
 
 Region partials_region(const RankGrad& stage, int splits, WorkspaceLayout& layout) {
@@ -88,9 +99,8 @@ Region partials_region(const RankGrad& stage, int splits, WorkspaceLayout& layou
   return layout.add(int64_t{4} * splits * stage.columns * stage.rank);
 }
 
-}  // namespace
-
-BackwardPlan plan(const BackwardCall& call, const Device& device) {
+// All but the shares of the gradients, which the calls of a group agree on.
+BackwardPlan plan_in(const BackwardCall& call, const Device& device, WorkspaceLayout& layout) {
   const Problem& p = call.problem;
   const bool needs_x = call.dx != nullptr && p.rows > 0;
   const bool needs_a = call.dlora_a != nullptr, needs_b = call.dlora_b != nullptr;
@@ -98,7 +108,6 @@ BackwardPlan plan(const BackwardCall& call, const Device& device) {
   plan.arithmetic = arithmetic_of(p);
   plan.device = device;
   plan.rows = p.rows;
-  WorkspaceLayout layout;
 
   plan.needs_g = p.rows > 0 && (needs_x || needs_a);
   plan.one_read_obstacle = "one of g and dB is not needed";
@@ -116,70 +125,166 @@ BackwardPlan plan(const BackwardCall& call, const Device& device) {
   if (needs_a || (needs_x && plan.gemm.obstacle != nullptr)) {
     plan.g = layout.add(p.rows * p.rank * rank_bytes(p));
   }
-  const bool one_read = plan.one_read_obstacle == nullptr;
-  const bool grads_of_b = needs_b && !one_read;
+  const bool grads_of_b = needs_b && !one_read(plan);
   plan.grad_obstacle = grad_obstacle(call, grads_of_b);
-  if (needs_a) {
-    plan.a_splits = splits_of(grad_of_a(call), plan.grad_obstacle, device);
-    plan.a_partials = partials_region(grad_of_a(call), plan.a_splits, layout);
-  }
-  if (needs_b) {
-    plan.b_splits = one_read
-                        ? rank_down_grad_splits({rank_down_stage(call), grad_of_b(call)}, device)
-                        : splits_of(grad_of_b(call), plan.grad_obstacle, device);
-    plan.b_partials = partials_region(grad_of_b(call), plan.b_splits, layout);
-  }
   plan.grads = (needs_a ? 1 : 0) + (grads_of_b ? 1 : 0);
-  if (plan.grads > 0) ++plan.launches;
-  if (plan.a_partials.bytes > 0 || plan.b_partials.bytes > 0) ++plan.launches;
-  plan.workspace_bytes = layout.size();
   return plan;
 }
 
-cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* workspace,
-                cudaStream_t stream) {
-  const bool one_read = plan.one_read_obstacle == nullptr;
+// In how many shares every call's gradients are summed, and where. All dA on tensor cores have the
+// same, so that they read a share of x together.
+void plan_shares(const BackwardCall* calls, BackwardPlan* plans, int count,
+                 WorkspaceLayout& layout) {
+  std::vector<RankGrad> of_x;
+  for (int i = 0; i < count; ++i) {
+    const bool joins = calls[i].dlora_a != nullptr && plans[i].grad_obstacle == nullptr;
+    if (joins) of_x.push_back(grad_of_a(calls[i]));
+  }
+  const int together =
+      of_x.empty() ? 1
+                   : rank_grad_splits(of_x.data(), static_cast<int>(of_x.size()), plans->device);
+  for (int i = 0; i < count; ++i) {
+    const BackwardCall& call = calls[i];
+    BackwardPlan& plan = plans[i];
+    if (call.dlora_a != nullptr) {
+      const RankGrad stage = grad_of_a(call);
+      plan.a_splits = plan.grad_obstacle == nullptr
+                          ? together
+                          : splits_of(stage, plan.grad_obstacle, plan.device);
+      plan.a_partials = partials_region(stage, plan.a_splits, layout);
+    }
+    if (call.dlora_b != nullptr) {
+      const RankGrad stage = grad_of_b(call);
+      plan.b_splits = one_read(plan)
+                          ? rank_down_grad_splits({rank_down_stage(call), stage}, plan.device)
+                          : splits_of(stage, plan.grad_obstacle, plan.device);
+      plan.b_partials = partials_region(stage, plan.b_splits, layout);
+    }
+  }
+}
+
+// A call's stages of rank-grad, in the workspace.
+struct Grads {
+  RankGrad of_a, of_b;
+};
+Grads grads_of(const BackwardCall& call, const BackwardPlan& plan, void* workspace) {
+  Grads grads = {grad_of_a(call), grad_of_b(call)};
+  grads.of_a.low = plan.g.in(workspace);
+  grads.of_a.splits = plan.a_splits;
+  grads.of_a.partials = plan.a_partials.in<float>(workspace);
+  grads.of_b.splits = plan.b_splits;
+  grads.of_b.partials = plan.b_partials.in<float>(workspace);
+  return grads;
+}
+
+// g of a call, beside it dB's partial sums where one read of dy serves both, and then its dx.
+cudaError_t run_g_and_dx(const BackwardCall& call, const BackwardPlan& plan, bool adds_to_dx,
+                         void* workspace, cudaStream_t stream) {
   RankDown down = rank_down_stage(call);
   LoraGemm gemm = gemm_stage(call);
-  RankGrad of_a = grad_of_a(call), of_b = grad_of_b(call);
-  down.out = plan.g.in(workspace);
-  gemm.low = of_a.low = down.out;
-  of_a.splits = plan.a_splits;
-  of_a.partials = plan.a_partials.in<float>(workspace);
-  of_b.splits = plan.b_splits;
-  of_b.partials = plan.b_partials.in<float>(workspace);
+  gemm.low = down.out = plan.g.in(workspace);
+  if (adds_to_dx) gemm.addend = gemm.out;
   if (plan.gemm.packed_low.bytes > 0) {
     place_packed(plan.gemm, call.lora_a.transposed(), call.problem.adapter_dtype, workspace, &gemm,
                  &down);
   }
-
   cudaError_t error = cudaSuccess;
   if (plan.needs_g) {
-    error = one_read                        ? launch_rank_down_grad({down, of_b}, stream)
-            : plan.down_obstacle == nullptr ? launch_rank_down(down, plan.device, stream)
+    error = one_read(plan)
+                ? launch_rank_down_grad({down, grads_of(call, plan, workspace).of_b}, stream)
+            : plan.down_obstacle == nullptr ? launch_rank_down(&down, 1, plan.device, stream)
                                             : launch_plain_rank_down(down, stream);
+  }
+  if (error != cudaSuccess || call.dx == nullptr || call.problem.rows == 0) return error;
+  return launch(gemm, plan.gemm, stream);
+}
+
+int launches_of_grads(const BackwardPlan* plans, int count) {
+  int launches = 0, sums = 0;
+  for (const bool plain : {false, true}) {
+    int stages = 0;
+    for (int i = 0; i < count; ++i) {
+      stages += plain == (plans[i].grad_obstacle != nullptr) ? plans[i].grads : 0;
+    }
+    launches += batches<kMostGrads>(stages);
+  }
+  for (int i = 0; i < count; ++i) {
+    sums += (plans[i].a_partials.bytes > 0 ? 1 : 0) + (plans[i].b_partials.bytes > 0 ? 1 : 0);
+  }
+  return launches + batches<kMostGrads>(sums);
+}
+
+cudaError_t run_together(const BackwardCall* calls, const BackwardPlan* plans, int count,
+                         void* workspace, cudaStream_t stream) {
+  bool adds_to_dx = false;
+  for (int i = 0; i < count; ++i) {
+    const cudaError_t error = run_g_and_dx(calls[i], plans[i], adds_to_dx, workspace, stream);
     if (error != cudaSuccess) return error;
+    adds_to_dx = adds_to_dx || calls[i].dx != nullptr;
   }
-  if (call.dx != nullptr && call.problem.rows > 0) {
-    error = launch(gemm, plan.gemm, stream);
-    if (error != cudaSuccess) return error;
+  // Those of x lie side by side, so that they read it together.
+  std::vector<RankGrad> by_tensor_cores, plain;
+  std::vector<Partials> sums;
+  const auto add = [&](const RankGrad& grad, bool launched, const BackwardPlan& plan) {
+    if (launched) (plan.grad_obstacle == nullptr ? by_tensor_cores : plain).push_back(grad);
+    if (grad.partials == nullptr) return;
+    sums.push_back(
+        {grad.partials, grad.splits, grad.columns * grad.rank, grad.out, grad.out_dtype});
+  };
+  for (int i = 0; i < count; ++i) {
+    if (calls[i].dlora_a == nullptr) continue;
+    add(grads_of(calls[i], plans[i], workspace).of_a, true, plans[i]);
   }
-  std::array<RankGrad, 2> grads;
-  int count = 0;
-  if (call.dlora_a != nullptr) grads[count++] = of_a;
-  if (call.dlora_b != nullptr && !one_read) grads[count++] = of_b;
-  if (count > 0) {
-    error = plan.grad_obstacle == nullptr ? launch_rank_grad(grads.data(), count, stream)
-                                          : launch_plain_rank_grad(grads.data(), count, stream);
-    if (error != cudaSuccess) return error;
+  for (int i = 0; i < count; ++i) {
+    if (calls[i].dlora_b == nullptr) continue;
+    add(grads_of(calls[i], plans[i], workspace).of_b, !one_read(plans[i]), plans[i]);
   }
-  ReducePartials reduce;
-  for (const RankGrad& grad : {of_a, of_b}) {
-    if (grad.partials == nullptr) continue;
-    reduce.outputs[reduce.used++] = {grad.partials, grad.splits, grad.columns * grad.rank, grad.out,
-                                     grad.out_dtype};
+  cudaError_t error = launch_in_batches<kMostGrads>(
+      by_tensor_cores,
+      [&](const RankGrad* stages, int used) { return launch_rank_grad(stages, used, stream); });
+  if (error != cudaSuccess) return error;
+  error = launch_in_batches<kMostGrads>(plain, [&](const RankGrad* stages, int used) {
+    return launch_plain_rank_grad(stages, used, stream);
+  });
+  if (error != cudaSuccess) return error;
+  return launch_in_batches<kMostGrads>(sums, [&](const Partials* outputs, int used) {
+    return launch_reduce_partials(outputs, used, stream);
+  });
+}
+
+}  // namespace
+
+BackwardPlan plan(const BackwardCall& call, const Device& device) {
+  WorkspaceLayout layout;
+  BackwardPlan plan = plan_in(call, device, layout);
+  plan_shares(&call, &plan, 1, layout);
+  plan.launches += launches_of_grads(&plan, 1);
+  plan.workspace_bytes = layout.size();
+  return plan;
+}
+
+GroupPlan<BackwardPlan> plan(const BackwardCall* calls, int count, const Device& device) {
+  WorkspaceLayout layout;
+  GroupPlan<BackwardPlan> group;
+  for (int i = 0; i < count; ++i) {
+    group.calls.push_back(plan_in(calls[i], device, layout));
+    group.launches += group.calls.back().launches;
   }
-  return reduce.used > 0 ? launch_reduce_partials(reduce, stream) : cudaSuccess;
+  plan_shares(calls, group.calls.data(), count, layout);
+  group.launches += launches_of_grads(group.calls.data(), count);
+  group.workspace_bytes = layout.size();
+  return group;
+}
+
+cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* workspace,
+                cudaStream_t stream) {
+  return run_together(&call, &plan, 1, workspace, stream);
+}
+
+cudaError_t run(const BackwardCall* calls, const GroupPlan<BackwardPlan>& plan, void* workspace,
+                cudaStream_t stream) {
+  return run_together(calls, plan.calls.data(), static_cast<int>(plan.calls.size()), workspace,
+                      stream);
 }
 
 bool presumed_faster(const BackwardPlan& plan) {
@@ -190,12 +295,11 @@ bool presumed_faster(const BackwardPlan& plan) {
 
 std::string describe(const BackwardPlan& plan) {
   if (plan.launches == 0) return "nothing to do";
-  const bool one_read = plan.one_read_obstacle == nullptr;
   std::string text;
   const auto add = [&text](const std::string& part) { text += (text.empty() ? "" : "; ") + part; };
   if (plan.needs_g) {
-    add(one_read ? "rank-down and dB by one read of dy: tensor cores"
-                 : describe_stage("rank-down", plan.down_obstacle));
+    add(one_read(plan) ? "rank-down and dB by one read of dy: tensor cores"
+                       : describe_stage("rank-down", plan.down_obstacle));
   }
   if (plan.gemm.packed_low.bytes > 0 || plan.gemm.obstacle != nullptr) {
     add(describe(plan.gemm, plan.arithmetic));

@@ -99,8 +99,9 @@ struct ForwardCall {
   // h Bᵀ, and weight and bias are not read.
   const void* base = nullptr;
   int64_t base_stride = 0;
-  void* y = nullptr;  // M×N, dense; or base itself
-  void* h = nullptr;  // M×r, dense, in rank_dtype
+  void* y = nullptr;     // M×N, dense; or base itself
+  void* h = nullptr;     // M×r, in rank_dtype
+  int64_t h_stride = 0;  // of h's rows; 0: they lie dense
 };
 
 // dx, dlora_a and dlora_b may each be null: then it is not computed, and neither is what only it
@@ -113,7 +114,8 @@ struct BackwardCall {
   MatrixView weight;        // N×K
   MatrixView lora_a;        // r×K
   MatrixView lora_b;        // N×r
-  const void* h = nullptr;  // M×r, dense, in rank_dtype
+  const void* h = nullptr;  // M×r, in rank_dtype
+  int64_t h_stride = 0;     // of h's rows; 0: they lie dense
   double scaling = 1.0;
   Dropout dropout;
   // M of them, in device memory; null: every row uses all ranks with the call's scaling.
@@ -143,6 +145,15 @@ struct BackwardPlan;
 ForwardPlan plan(const ForwardCall& call, const Device& device);
 BackwardPlan plan(const BackwardCall& call, const Device& device);
 
+// Calls of one x, projections that share their input, which is read once for all their h by one
+// launch, and once for all their dA; up to kMostCalls of stages.h at a time. In a backward the
+// calls' dx, where not null, are one: the first is written, and each later call's is added to what
+// is there.
+template <typename Plan>
+struct GroupPlan;
+GroupPlan<ForwardPlan> plan(const ForwardCall* calls, int count, const Device& device);
+GroupPlan<BackwardPlan> plan(const BackwardCall* calls, int count, const Device& device);
+
 // Whether a plan is presumed faster than torch's GEMMs, which decides where nothing was timed: a
 // tensor-core kernel serves every stage, and mma.sync is all that the device's tensor cores have,
 // or the rows are so few that reading W bounds the call.
@@ -159,6 +170,10 @@ std::string describe(const BackwardPlan& plan);
 cudaError_t run(const ForwardCall& call, const ForwardPlan& plan, void* workspace,
                 cudaStream_t stream);
 cudaError_t run(const BackwardCall& call, const BackwardPlan& plan, void* workspace,
+                cudaStream_t stream);
+cudaError_t run(const ForwardCall* calls, const GroupPlan<ForwardPlan>& plan, void* workspace,
+                cudaStream_t stream);
+cudaError_t run(const BackwardCall* calls, const GroupPlan<BackwardPlan>& plan, void* workspace,
                 cudaStream_t stream);
 
 // The keep-mask of rows row_offset .. row_offset+rows-1 and columns column_offset ..

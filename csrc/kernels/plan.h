@@ -1,6 +1,8 @@
 // A plan's contents. Callers outside csrc/kernels need workspace_bytes and launches alone.
 #pragma once
 
+#include <vector>
+
 #include "kernels/lora_gemm/tile_table.h"
 #include "kernels/lora_linear.h"
 #include "kernels/stages.h"
@@ -59,6 +61,23 @@ struct BackwardPlan {
   int a_splits = 1, b_splits = 1;
   Region a_partials, b_partials;  // empty where there is one split
 };
+
+// Calls that run together, in one workspace; the members' own workspace_bytes and launches are not
+// set.
+template <typename Plan>
+struct GroupPlan {
+  size_t workspace_bytes = 0;
+  int launches = 0;
+  std::vector<Plan> calls;
+};
+
+// A line a call.
+template <typename Plan>
+std::string describe(const GroupPlan<Plan>& group) {
+  std::string text;
+  for (const Plan& plan : group.calls) text += (text.empty() ? "" : "\n") + describe(plan);
+  return text;
+}
 
 // What every stage of a call has in common.
 template <typename Stage, typename Call>

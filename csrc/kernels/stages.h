@@ -5,8 +5,6 @@
 // plain kernels (plain/) take any stride and alignment, and fp32 arithmetic.
 #pragma once
 
-#include <array>
-
 #include "kernels/lora_linear.h"
 
 namespace fused_lora::kernels {
@@ -30,6 +28,15 @@ inline int64_t packed_rank(Arithmetic arithmetic, int64_t rank) {
   const int64_t depth = packed_parts(arithmetic) * rank;
   const int64_t tile = kPackedTileBytes / packed_element_bytes(arithmetic);
   return (depth + tile - 1) / tile * tile;
+}
+
+// Stages that one launch takes at most: of calls that share their x, and of both gradients of each.
+constexpr int kMostCalls = 4;
+constexpr int kMostGrads = 2 * kMostCalls;
+
+// Elements from one row to the next, where 0 stands for rows that lie dense.
+inline int64_t stride_or_dense(int64_t stride, int64_t row_length) {
+  return stride == 0 ? row_length : stride;
 }
 
 // Writes the right operand of the low-rank product: B for y, A for dx. The launch before lora_gemm
@@ -59,7 +66,8 @@ struct RankDown {
   float alpha = 1.0f;
   const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
   Dropout dropout;                           // its scale is in alpha already
-  void* out = nullptr;                       // dense, in rank_dtype; or null
+  void* out = nullptr;                       // in rank_dtype; or null
+  int64_t out_stride = 0;                    // 0: dense
   void* packed = nullptr;  // rows×packed_rank, dense: lora_gemm's left operand; or null
   PackFactor partner;
 };
@@ -86,7 +94,8 @@ struct LoraGemm {
   const void* packed_factor = nullptr;  // PackFactor::packed
   int64_t packed_factor_stride = 0;
   // Plain kernels:
-  const void* low = nullptr;  // rows×rank, dense, in the rank dtype
+  const void* low = nullptr;  // rows×rank, in the rank dtype
+  int64_t low_stride = 0;     // 0: dense
   MatrixView factor;          // rank×columns: element (j, c)
   DType factor_dtype = DType::kFloat32;
 };
@@ -100,14 +109,15 @@ struct RankGrad {
   DType dtype = DType::kFloat32;  // of X
   int64_t rows = 0, columns = 0, rank = 0;
   MatrixView x;
-  const void* low = nullptr;  // dense, in the rank dtype
+  const void* low = nullptr;  // in the rank dtype
+  int64_t low_stride = 0;     // 0: dense
   float alpha = 1.0f;
   const RowAdapter* row_adapters = nullptr;  // rows, in device memory; or null
   Dropout dropout;                           // its scale is in alpha already
   bool transposed = false;
   // The rows are split in `splits` equal shares of whole tiles. With one the result goes to `out`,
   // in out_dtype; with more, share s writes its fp32 sums at partials + s · columns · rank, in
-  // out's layout, and ReducePartials adds them.
+  // out's layout, and Partials adds them.
   int splits = 1;
   float* partials = nullptr;
   void* out = nullptr;
@@ -121,7 +131,7 @@ struct RankDownGrad {
   RankGrad grad;  // the same X as down's, no dropout
 };
 
-// out[i] = Σ_s partials[s · count + i], in the order of s, for up to two outputs of one launch.
+// out[i] = Σ_s partials[s · count + i], in the order of s.
 struct Partials {
   const float* partials = nullptr;
   int splits = 0;
@@ -129,9 +139,4 @@ struct Partials {
   void* out = nullptr;
   DType out_dtype = DType::kFloat32;
 };
-struct ReducePartials {
-  std::array<Partials, 2> outputs;
-  int used = 0;
-};
-
 }  // namespace fused_lora::kernels

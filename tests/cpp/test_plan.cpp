@@ -11,6 +11,7 @@ namespace {
 
 using kernels::BackwardPlan;
 using kernels::ForwardPlan;
+using kernels::GroupPlan;
 using kernels::Region;
 
 const Problem kUsual = problem(kinds().front(), 4096, 4096, 4096, 16);
@@ -65,6 +66,65 @@ TEST(what_is_added_to_changes_no_plan) {
     const BackwardPlan added = kernels::plan(call, device);
     CHECK_EQ(kernels::describe(added), kernels::describe(alone));
     CHECK_EQ(added.workspace_bytes, alone.workspace_bytes);
+  });
+}
+
+// Three projections of one x, of different ranks and sizes.
+template <typename Call>
+std::vector<Call> group_of(const Call& call) {
+  std::vector<Call> calls(3, call);
+  calls[1].problem.out_features += 8;
+  calls[2].problem.rank += 5;
+  return calls;
+}
+
+template <typename Plan, typename Call>
+GroupPlan<Plan> plan_group(const std::vector<Call>& calls, const Device& device) {
+  return kernels::plan(calls.data(), static_cast<int>(calls.size()), device);
+}
+
+TEST(a_group_shares_what_reads_x_and_no_memory) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const auto forwards = group_of(forward_call(p, dropout));
+    const GroupPlan<ForwardPlan> forward = plan_group<ForwardPlan>(forwards, device);
+    int launches = 0, downs = 0;
+    std::vector<Region> regions;
+    for (const ForwardPlan& plan : forward.calls) {
+      launches += plan.launches;
+      downs += plan.launches == 2 && plan.down_obstacle == nullptr ? 1 : 0;
+      regions.insert(regions.end(), {plan.gemm.packed_low, plan.gemm.packed_factor});
+    }
+    CHECK_EQ(forward.launches, downs > 1 ? launches - downs + 1 : launches);
+    check_regions(regions, forward.workspace_bytes);
+
+    const auto backwards = group_of(backward_call(p, dropout));
+    const GroupPlan<BackwardPlan> backward = plan_group<BackwardPlan>(backwards, device);
+    CHECK(backward.launches >= 2 * 3 && backward.launches <= 2 * 3 + 3);
+    regions.clear();
+    for (const BackwardPlan& plan : backward.calls) {
+      regions.insert(regions.end(), {plan.gemm.packed_low, plan.gemm.packed_factor, plan.g});
+    }
+    for (const BackwardPlan& plan : backward.calls) {
+      regions.insert(regions.end(), {plan.a_partials, plan.b_partials});
+      if (plan.grad_obstacle == nullptr) CHECK_EQ(plan.a_splits, backward.calls[0].a_splits);
+    }
+    check_regions(regions, backward.workspace_bytes);
+  });
+}
+
+TEST(a_group_of_one_is_a_call) {
+  for_each_problem([](const Problem& p, bool dropout, const Device& device) {
+    const std::vector<ForwardCall> forward(1, forward_call(p, dropout));
+    const ForwardPlan alone = kernels::plan(forward[0], device);
+    const auto group = plan_group<ForwardPlan>(forward, device);
+    CHECK_EQ(group.launches, alone.launches);
+    CHECK_EQ(group.workspace_bytes, alone.workspace_bytes);
+    const std::vector<BackwardCall> backward(1, backward_call(p, dropout));
+    const BackwardPlan own = kernels::plan(backward[0], device);
+    const auto of_one = plan_group<BackwardPlan>(backward, device);
+    CHECK_EQ(of_one.launches, own.launches);
+    CHECK_EQ(of_one.workspace_bytes, own.workspace_bytes);
+    CHECK_EQ(kernels::describe(of_one), kernels::describe(own));
   });
 }
 

@@ -142,7 +142,7 @@ def run_forward(
 
     def call(placed: dict[str, Buffer]) -> ForwardCall:
         return ForwardCall(
-            problem=_problem(given, mode),
+            problem=problem_of(given, mode),
             **_views(placed, "x", "weight", "lora_a", "lora_b"),
             bias=_address(placed, "bias"),
             scaling=given.options["scaling"],
@@ -195,7 +195,7 @@ def run_backward(
 
     def call(placed: dict[str, Buffer]) -> BackwardCall:
         return BackwardCall(
-            problem=_problem(given, mode),
+            problem=problem_of(given, mode),
             **_views(placed, "dy", "x", "weight", "lora_a", "lora_b"),
             scaling=given.options["scaling"],
             dropout=_dropout(given, placed),
@@ -207,7 +207,7 @@ def run_backward(
     return Backward(gradients, run)
 
 
-def _problem(given: Operands, mode: Mode) -> Problem:
+def problem_of(given: Operands, mode: Mode) -> Problem:
     return Problem(
         rows=given.x.shape[0],
         in_features=given.x.shape[1],
@@ -244,21 +244,37 @@ def _run(
     make_call: Any,
     run_on_stream: Runner,
 ) -> Run:
-    """Plans, hands out a workspace that is undefined at first, and launches."""
     if "seed" in given.options:
         arrays["seed"] = given.options["seed"]
     if mode.row_adapters is not None:
         arrays["row_adapters"] = mode.row_adapters
+    return run_planned(
+        kernels, machine, what, arrays, lambda placed: (ctypes.byref(make_call(placed)),), run_on_stream
+    )
+
+
+def run_planned(
+    kernels: ctypes.CDLL,
+    machine: Machine,
+    what: str,
+    arrays: dict[str, Any],
+    make_calls: Callable[[dict[str, Buffer]], Arguments],
+    run_on_stream: Runner = run_directly,
+) -> Run:
+    """Plans, hands out a workspace that is undefined at first, and launches.
+
+    make_calls: the launcher's first arguments, of the arrays where they were placed.
+    """
     plan, launch = getattr(kernels, f"{what}_plan"), getattr(kernels, f"{what}_run")
     device, facts = Device(), Facts()
     with machine.buffers(**arrays) as placed:
-        call = make_call(placed)
+        calls = make_calls(placed)
         machine.run(lambda: kernels.device(ctypes.byref(device)))
-        plan(ctypes.byref(call), ctypes.byref(device), ctypes.byref(facts))
+        plan(*calls, ctypes.byref(device), ctypes.byref(facts))
         workspace = Output(torch.empty(facts.workspace_bytes, dtype=torch.uint8))
         with machine.buffers(workspace=workspace) as extra:
             address = ctypes.c_void_p(extra["workspace"].pointer if facts.workspace_bytes else None)
-            launched = (ctypes.byref(call), ctypes.byref(device), address)
+            launched = (*calls, ctypes.byref(device), address)
             result = machine.run(lambda: run_on_stream(launch, launched))
     assert result.value == 0, f"{what} returned CUDA error {result.value}"
     return Run(result, facts.launches, facts.workspace_bytes, facts.description.decode())

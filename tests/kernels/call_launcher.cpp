@@ -13,9 +13,8 @@ struct Facts {
   char description[1024];
 };
 
-template <typename Call>
-void plan_facts(const Call& call, const k::Device& device, Facts* facts) {
-  const auto plan = k::plan(call, device);
+template <typename Plan>
+void tell(const Plan& plan, Facts* facts) {
   facts->workspace_bytes = plan.workspace_bytes;
   facts->launches = plan.launches;
   std::snprintf(facts->description, sizeof(facts->description), "%s", k::describe(plan).c_str());
@@ -43,7 +42,7 @@ int device(k::Device* device) {
 }
 
 void forward_plan(const k::ForwardCall* call, const k::Device* device, Facts* facts) {
-  plan_facts(*call, *device, facts);
+  tell(k::plan(*call, *device), facts);
 }
 int forward_run(const k::ForwardCall* call, const k::Device* device, void* workspace,
                 cudaStream_t stream) {
@@ -51,11 +50,29 @@ int forward_run(const k::ForwardCall* call, const k::Device* device, void* works
 }
 
 void backward_plan(const k::BackwardCall* call, const k::Device* device, Facts* facts) {
-  plan_facts(*call, *device, facts);
+  tell(k::plan(*call, *device), facts);
 }
 int backward_run(const k::BackwardCall* call, const k::Device* device, void* workspace,
                  cudaStream_t stream) {
   return k::run(*call, k::plan(*call, *device), workspace, stream);
+}
+
+void forward_group_plan(const k::ForwardCall* calls, int count, const k::Device* device,
+                        Facts* facts) {
+  tell(k::plan(calls, count, *device), facts);
+}
+int forward_group_run(const k::ForwardCall* calls, int count, const k::Device* device,
+                      void* workspace, cudaStream_t stream) {
+  return k::run(calls, k::plan(calls, count, *device), workspace, stream);
+}
+
+void backward_group_plan(const k::BackwardCall* calls, int count, const k::Device* device,
+                         Facts* facts) {
+  tell(k::plan(calls, count, *device), facts);
+}
+int backward_group_run(const k::BackwardCall* calls, int count, const k::Device* device,
+                       void* workspace, cudaStream_t stream) {
+  return k::run(calls, k::plan(calls, count, *device), workspace, stream);
 }
 
 }  // extern "C"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from tests.kernels.structures import (
     Arithmetic,
     Device,
     MatrixView,
+    Partials,
     RankDownGrad,
     RankGrad,
-    ReducePartials,
 )
 from tests.operands import BF16, F16, F32
 
@@ -68,9 +68,13 @@ KINDS = [
 ]
 
 
+def add_up(launchers: ctypes.CDLL, sums: Sequence[Partials]) -> int:
+    return int(launchers.reduce_partials((Partials * len(sums))(*sums), len(sums)))
+
+
 def load_launchers() -> ctypes.CDLL:
     sources = [FOLDER / "rank_grad.cpp", *SOURCES]
-    structures = (RankGrad, RankDownGrad, ReducePartials, Device)
+    structures = (RankGrad, RankDownGrad, Partials, Device)
     library = bridge.load("rank_grad_launcher.cpp", sources, structures)
     for name in ("rank_grad_obstacle", "rank_down_grad_obstacle"):
         getattr(library, name).restype = ctypes.c_char_p

@@ -11,8 +11,8 @@ size_t RankGrad_bytes() {
 size_t RankDownGrad_bytes() {
   return sizeof(k::RankDownGrad);
 }
-size_t ReducePartials_bytes() {
-  return sizeof(k::ReducePartials);
+size_t Partials_bytes() {
+  return sizeof(k::Partials);
 }
 size_t Device_bytes() {
   return sizeof(k::Device);
@@ -21,8 +21,8 @@ size_t Device_bytes() {
 const char* rank_grad_obstacle(const k::RankGrad* stage) {
   return k::rank_grad_obstacle(*stage);
 }
-int rank_grad_splits(const k::RankGrad* stage, const k::Device* device) {
-  return k::rank_grad_splits(*stage, *device);
+int rank_grad_splits(const k::RankGrad* stages, int count, const k::Device* device) {
+  return k::rank_grad_splits(stages, count, *device);
 }
 int rank_grad(const k::RankGrad* stages, int count) {
   return k::launch_rank_grad(stages, count, nullptr);
@@ -38,8 +38,8 @@ int rank_down_grad(const k::RankDownGrad* stage) {
   return k::launch_rank_down_grad(*stage, nullptr);
 }
 
-int reduce_partials(const k::ReducePartials* stage) {
-  return k::launch_reduce_partials(*stage, nullptr);
+int reduce_partials(const k::Partials* outputs, int count) {
+  return k::launch_reduce_partials(outputs, count, nullptr);
 }
 int64_t packed_rank(int arithmetic, int64_t rank) {
   return k::packed_rank(static_cast<k::Arithmetic>(arithmetic), rank);

@@ -105,6 +105,7 @@ class ForwardCall(ctypes.Structure):
         ("row_adapters base", _pointer),
         ("base_stride", _int64),
         ("y h", _pointer),
+        ("h_stride", _int64),
     )
 
 
@@ -113,6 +114,7 @@ class BackwardCall(ctypes.Structure):
         ("problem", Problem),
         ("dy x weight lora_a lora_b", MatrixView),
         ("h", _pointer),
+        ("h_stride", _int64),
         ("scaling", ctypes.c_double),
         ("dropout", Dropout),
         ("row_adapters", _pointer),
@@ -154,7 +156,9 @@ class RankDown(ctypes.Structure):
         ("alpha", _float),
         ("row_adapters", _pointer),
         ("dropout", Dropout),
-        ("out packed", _pointer),
+        ("out", _pointer),
+        ("out_stride", _int64),
+        ("packed", _pointer),
         ("partner", PackFactor),
     )
 
@@ -173,6 +177,7 @@ class LoraGemm(ctypes.Structure):
         ("packed_low packed_factor", _pointer),
         ("packed_factor_stride", _int64),
         ("low", _pointer),
+        ("low_stride", _int64),
         ("factor", MatrixView),
         ("factor_dtype", _enum),
     )
@@ -184,6 +189,7 @@ class RankGrad(ctypes.Structure):
         ("rows columns rank", _int64),
         ("x", MatrixView),
         ("low", _pointer),
+        ("low_stride", _int64),
         ("alpha", _float),
         ("row_adapters", _pointer),
         ("dropout", Dropout),
@@ -206,10 +212,6 @@ class Partials(ctypes.Structure):
         ("out", _pointer),
         ("out_dtype", _enum),
     )
-
-
-class ReducePartials(ctypes.Structure):
-    _fields_ = _fields(("outputs", Partials * 2), ("used", ctypes.c_int))
 
 
 def check_sizes(library: ctypes.CDLL, structures: Sequence[type[ctypes.Structure]]) -> None:

@@ -213,9 +213,11 @@ def rank_down(
         run.stage = stage
         if tile is None:
             device = Device(80, 108, 163 * 1024)
-            run.result = machine.run(lambda: launchers.rank_down(ctypes.byref(stage), ctypes.byref(device)))
+            run.result = machine.run(
+                lambda: launchers.rank_down(ctypes.byref(stage), 1, ctypes.byref(device))
+            )
         else:
-            run.result = machine.run(lambda: launchers.rank_down_by_tile(ctypes.byref(stage), *tile))
+            run.result = machine.run(lambda: launchers.rank_down_by_tile(ctypes.byref(stage), 1, *tile))
     assert run.result.value == CudaError.SUCCESS
     run.result.assert_clean()
     return run
@@ -444,7 +446,7 @@ def test_rows_may_lie_beyond_two_to_the_31st_elements(launchers):
         stage.x = MatrixView(address, stride, 1)
         stage.out = placed["out"].pointer
         device = Device(80, 108, 163 * 1024)
-        result = machine.run(lambda: launchers.rank_down(ctypes.byref(stage), ctypes.byref(device)))
+        result = machine.run(lambda: launchers.rank_down(ctypes.byref(stage), 1, ctypes.byref(device)))
         result.assert_clean()
     assert torch.equal(far, near.out)
 

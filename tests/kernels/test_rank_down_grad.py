@@ -14,6 +14,7 @@ from tests.emulator.mutations import unnoticed_mutants
 from tests.kernels.rank_grad import (
     KINDS,
     Kind,
+    add_up,
     assert_close,
     device_of,
     draw,
@@ -30,7 +31,6 @@ from tests.kernels.structures import (
     RankDown,
     RankDownGrad,
     RankGrad,
-    ReducePartials,
 )
 from tests.operands import BF16, F32
 
@@ -148,15 +148,14 @@ def run(machine, launchers, kind, call):
         stage = RankDownGrad(down, grad)
         device = device_of("a100")
         assert launchers.rank_down_grad_splits(ctypes.byref(stage), ctypes.byref(device)) == splits
-        reduce = ReducePartials(used=0)
+        sums = []
         if not call.direct:
             count = call.columns * call.rank
-            reduce.outputs[0] = Partials(partials, splits, count, grad.out, grad.out_dtype)
-            reduce.used = 1
+            sums.append(Partials(partials, splits, count, grad.out, grad.out_dtype))
 
         def launch():
             error = launchers.rank_down_grad(ctypes.byref(stage))
-            return error or launchers.reduce_partials(ctypes.byref(reduce))
+            return error or add_up(launchers, sums)
 
         result = machine.run(launch)
     assert result.value == 0

@@ -20,6 +20,7 @@ from tests.kernels.rank_grad import (
     KINDS,
     SOURCES,
     Kind,
+    add_up,
     assert_close,
     device_of,
     draw,
@@ -34,7 +35,6 @@ from tests.kernels.structures import (
     MatrixView,
     Partials,
     RankGrad,
-    ReducePartials,
 )
 from tests.operands import BF16, F16, F32
 
@@ -93,7 +93,7 @@ def run(machine, launchers, kind, grads):
             arrays[f"partials{i}"] = Output(torch.empty(grad.splits, *grad.shape))
     with machine.buffers(**arrays) as placed, ExitStack() as stack:
         stages = (RankGrad * len(grads))()
-        reduce = ReducePartials(used=0)
+        sums = []
         for i, grad in enumerate(grads):
             partials = placed[f"partials{i}"].pointer if grad.splits > 1 else None
             out = placed[f"out{i}"].pointer
@@ -121,14 +121,11 @@ def run(machine, launchers, kind, grads):
             assert launchers.rank_grad_obstacle(ctypes.byref(stages[i])) is None
             if partials is not None:
                 count = grad.columns * grad.rank
-                reduce.outputs[reduce.used] = Partials(
-                    partials, grad.splits, count, out, DTYPE_OF[kind.adapters]
-                )
-                reduce.used += 1
+                sums.append(Partials(partials, grad.splits, count, out, DTYPE_OF[kind.adapters]))
 
         def launch():
             error = launchers.rank_grad(stages, len(grads))
-            return error or launchers.reduce_partials(ctypes.byref(reduce))
+            return error or add_up(launchers, sums)
 
         result = machine.run(launch)
     assert result.value == 0
@@ -245,7 +242,7 @@ def test_splits_fill_the_device_and_stay_cheap(launchers):
         stage = RankGrad(
             arithmetic=Arithmetic.HALF, dtype=DTYPE_OF[dtype], rows=rows, columns=columns, rank=rank
         )
-        return launchers.rank_grad_splits(ctypes.byref(stage), ctypes.byref(device))
+        return launchers.rank_grad_splits(ctypes.byref(stage), 1, ctypes.byref(device))
 
     assert splits(8192, 4096, 16) == 3  # 64 column tiles: 192 blocks for 108 SMs
     assert splits(8192, 65536, 16) == 1  # the columns alone fill it
@@ -327,11 +324,11 @@ def test_partial_sums_are_added_in_order(launchers, dtype, count, splits):
     arrays = {f"partials{i}": p for i, p in enumerate(partials)}
     arrays |= {f"out{i}": Output(out) for i, out in enumerate(outs)}
     with machine.buffers(**arrays) as placed:
-        reduce = ReducePartials(used=2)
+        sums = []
         for i, (c, s) in enumerate(sizes):
             pointers = placed[f"partials{i}"].pointer, placed[f"out{i}"].pointer
-            reduce.outputs[i] = Partials(pointers[0], s, c, pointers[1], DTYPE_OF[dtype])
-        result = machine.run(lambda: launchers.reduce_partials(ctypes.byref(reduce)))
+            sums.append(Partials(pointers[0], s, c, pointers[1], DTYPE_OF[dtype]))
+        result = machine.run(lambda: add_up(launchers, sums))
     assert result.assert_clean().value == 0
     for out, parts in zip(outs, partials, strict=True):
         total = torch.zeros(parts.shape[1])
@@ -343,7 +340,7 @@ def test_partial_sums_are_added_in_order(launchers, dtype, count, splits):
 
 
 def test_nothing_to_do_launches_nothing(launchers):
-    assert not Machine().run(lambda: launchers.reduce_partials(ctypes.byref(ReducePartials(used=0)))).launches
+    assert not Machine().run(lambda: add_up(launchers, [])).launches
     _, result = run(Machine(), launchers, BF16_HALF, [Grad(5, 0, 3, pitch_gap=64)])
     assert not result.launches
 

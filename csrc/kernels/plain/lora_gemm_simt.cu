@@ -26,6 +26,7 @@ struct LoraGemmParams {
   int64_t rows, depth, columns, rank;
   MatrixView x, weight, factor;
   const void* low;
+  int64_t low_stride;
   DType low_dtype, factor_dtype;
   bool half;  // factor is rounded to T
   const void* bias;
@@ -82,7 +83,9 @@ __device__ __forceinline__ void contain(Product<Tile>& delta, const LoraGemmPara
              window_of_row(p.row_adapters, first_row + row, static_cast<int>(p.rank)).has(rank);
     };
     delta.add_outer(
-        [&](int row) { return uses(row, 0) ? low.at((first_row + row) * p.rank + rank) : 0.0f; },
+        [&](int row) {
+          return uses(row, 0) ? low.at((first_row + row) * p.low_stride + rank) : 0.0f;
+        },
         [&](int column) {
           const int64_t at = first_column + column;
           const int64_t index = rank * p.factor.row_stride + at * p.factor.column_stride;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
         {0, static_cast<int>(p.rank)});
     Operand<Tile::kRows, Tile::kDepth, AdapterElements<T>> low(
         AdapterElements<T>(p.low, p.low_dtype, false),
-        {p.rank, 1, row, p.rows - row, window.begin});
+        {p.low_stride, 1, row, p.rows - row, window.begin});
     Operand<Tile::kColumns, Tile::kDepth, AdapterElements<T>> factor(
         AdapterElements<T>(p.factor.data, p.factor_dtype, p.half),
         {p.factor.column_stride, p.factor.row_stride, column, p.columns - column, window.begin});
@@ -171,6 +174,7 @@ cudaError_t launch(const LoraGemm& stage, cudaStream_t stream) {
                                  stage.weight,
                                  stage.factor,
                                  stage.low,
+                                 stride_or_dense(stage.low_stride, stage.rank),
                                  rank_dtype(stage.arithmetic, stage.dtype),
                                  stage.factor_dtype,
                                  stage.arithmetic == Arithmetic::kHalf,

@@ -1,4 +1,4 @@
-// out = alpha · drop(X) · F        X: rows×columns   F: columns×rank   out: rows×rank, dense
+// out = alpha · drop(X) · F        X: rows×columns   F: columns×rank   out: rows×rank
 //
 // h from x and Aᵀ, g from dy and B, at any strides; X in T, F in T or fp32, fp32 products and sums.
 // For kHalf F is rounded to T on the way and out is in T, else out is fp32.
@@ -24,6 +24,7 @@ struct RankDownParams {
   const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   void* out;
+  int64_t out_stride;
 };
 
 // Zeros where a row does not use a rank: selected, because a sum may be infinite there.
@@ -31,7 +32,7 @@ template <typename Out, typename T, typename Tile>
 __device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
                                       const RankDownParams<T>& p, int64_t first_row,
                                       int64_t first_rank) {
-  const bool quads = takes_quads(out, p.rank, p.rank);
+  const bool quads = takes_quads(out, p.rank, p.out_stride);
 #pragma unroll
   for (int i = 0; i < Tile::kPatch; ++i) {
     const int64_t row = first_row + product.row(i);
@@ -47,7 +48,7 @@ __device__ __forceinline__ void store(const Product<Tile>& product, Out* out,
         const bool uses = window.has(static_cast<int>(rank) + j);
         values[j] = uses ? alpha * product.sums[i][4 * chunk + j] : 0.0f;
       }
-      store_four(out + row * p.rank, rank, p.rank, quads, values);
+      store_four(out + row * p.out_stride, rank, p.rank, quads, values);
     }
   }
 }
@@ -94,7 +95,8 @@ cudaError_t launch(const RankDown& stage, cudaStream_t stream) {
                                     stage.alpha,
                                     stage.row_adapters,
                                     stage.dropout,
-                                    stage.out};
+                                    stage.out,
+                                    stride_or_dense(stage.out_stride, stage.rank)};
   const auto blocks = static_cast<unsigned>(tiles<Tile>(stage.rows, stage.rank));
   rank_down_kernel<T, Tile><<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();

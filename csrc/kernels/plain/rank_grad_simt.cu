@@ -1,4 +1,4 @@
-// out[c][j] = alpha · Σ_m drop(X)[m][c] · low[m][j]        X: rows×columns   low: rows×rank, dense
+// out[c][j] = alpha · Σ_m drop(X)[m][c] · low[m][j]        X: rows×columns   low: rows×rank
 //
 // dB (columns×rank) from dy and h; dA, written transposed (rank×columns), from x and g. X in T at
 // any strides, low in the rank dtype; fp32 products and sums.
@@ -22,6 +22,7 @@ struct RankGradStage {
   int64_t rows, columns, rank;
   MatrixView x;
   const void* low;
+  int64_t low_stride;
   DType low_dtype;
   float alpha;
   const RowAdapter* row_adapters;  // or null
@@ -33,7 +34,7 @@ struct RankGradStage {
   DType out_dtype;
 };
 struct RankGradParams {
-  RankGradStage stages[2];
+  RankGradStage stages[kMostGrads];
 };
 
 // Chunks of four along a row of out: a row of the patch, or where out is transposed a column.
@@ -86,7 +87,7 @@ __device__ __forceinline__ void contain(Product<Tile>& product, const RankGradSt
           return x.at(row * stage.x.row_stride + at * stage.x.column_stride);
         },
         [&](int rank) {
-          return uses(0, rank) ? low.at(row * stage.rank + first_rank + rank) : 0.0f;
+          return uses(0, rank) ? low.at(row * stage.low_stride + first_rank + rank) : 0.0f;
         },
         uses);
   }
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks)
       DropoutAlong<Axis::kExtent>(stage.dropout));
   Operand<Tile::kColumns, Tile::kDepth, AdapterElements<T>> low(
       AdapterElements<T>(stage.low, stage.low_dtype, false),
-      {1, stage.rank, rank, stage.rank - rank, row});
+      {1, stage.low_stride, rank, stage.rank - rank, row});
   Product<Tile> product(shared);
   product.accumulate(x, low, rows);
   product.add_slices();
@@ -141,11 +142,21 @@ cudaError_t launch(const RankGrad* stages, int count, cudaStream_t stream) {
   int splits = 0;
   for (int i = 0; i < count; ++i) {
     const RankGrad& s = stages[i];
-    params.stages[i] = {s.rows,       s.columns,      s.rank,
-                        s.x,          s.low,          rank_dtype(s.arithmetic, s.dtype),
-                        s.alpha,      s.row_adapters, s.dropout,
-                        s.transposed, s.splits,       s.partials,
-                        s.out,        s.out_dtype};
+    params.stages[i] = {s.rows,
+                        s.columns,
+                        s.rank,
+                        s.x,
+                        s.low,
+                        stride_or_dense(s.low_stride, s.rank),
+                        rank_dtype(s.arithmetic, s.dtype),
+                        s.alpha,
+                        s.row_adapters,
+                        s.dropout,
+                        s.transposed,
+                        s.splits,
+                        s.partials,
+                        s.out,
+                        s.out_dtype};
     blocks = std::max(blocks, tiles_of<Tile>(s));
     splits = std::max(splits, s.splits);
   }

@@ -64,18 +64,17 @@ __device__ __forceinline__ void store_quad(Element* target, const Element (&valu
   }
 }
 
-// Adds the warps' sums and writes the block's part of out and packed. Zeros where a row does not
+// Adds the warps' sums and writes `rows` rows of out and packed. Zeros where a row does not
 // use a rank: selected, because a sum may be infinite there.
 template <typename Traits>
-__device__ __forceinline__ void finish(const RankDownParams& p, const unsigned char* shared,
-                                       int64_t first_row, int first_rank) {
+__device__ __forceinline__ void finish(const RankDownMember& p, const unsigned char* shared,
+                                       int64_t first_row, int rows, int first_rank) {
   using Out = typename Traits::Out;
   using Packed = typename Traits::Packed;
   constexpr int kParts = kPackedParts<Traits::kArithmetic>;
   constexpr int kQuads = Traits::kRanks / 4;
   Out* const out = static_cast<Out*>(p.out);
   Packed* const packed = static_cast<Packed*>(p.packed);
-  const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row));
 
   for (int i = threadIdx.x; i < rows * kQuads; i += Traits::kThreads) {
     const int row = i / kQuads, quad = i % kQuads;
@@ -96,7 +95,7 @@ __device__ __forceinline__ void finish(const RankDownParams& p, const unsigned c
     if (out != nullptr) {
       const Out value[4] = {from_float<Out>(sum[0]), from_float<Out>(sum[1]),
                             from_float<Out>(sum[2]), from_float<Out>(sum[3])};
-      store_quad(out + (first_row + row) * p.rank + rank, value, count, p.store_quads);
+      store_quad(out + (first_row + row) * p.out_stride + rank, value, count, p.store_quads);
     }
     if (packed != nullptr) {
 #pragma unroll

@@ -41,14 +41,18 @@ const char* rank_down_obstacle(const RankDown& stage) {
 // A block's time is that of its bytes: X's at its share of the DRAM bandwidth, or X's and F's
 // together at its share of the L2's, which is at least twice as high on every device since sm_80.
 // The blocks' rounds over the multiprocessors multiply it.
-RankDownTile choose_rank_down_tile(const RankDown& stage, int multiprocessors) {
-  const int64_t x_bytes = bytes_of(stage.dtype), factor_bytes = bytes_of(stage.factor_dtype);
+RankDownTile choose_rank_down_tile(const RankDown* stages, int count, int multiprocessors) {
+  const int64_t x_bytes = bytes_of(stages->dtype), factor_bytes = bytes_of(stages->factor_dtype);
+  int64_t rank = 0;
+  for (int i = 0; i < count; ++i) rank = std::max(rank, stages[i].rank);
   RankDownTile best;
   int64_t least = INT64_MAX;
   for (const RankDownTile& tile : kTiles) {
     // A tile of more ranks than the next narrower one could hold as well would be half empty.
-    if (tile.ranks > 16 && tile.ranks / 2 >= stage.rank) continue;
-    const int64_t blocks = ceil_div(stage.rows, tile.rows) * ceil_div(stage.rank, tile.ranks);
+    if (tile.ranks > 16 && tile.ranks / 2 >= rank) continue;
+    int64_t rank_tiles = 0;
+    for (int i = 0; i < count; ++i) rank_tiles += ceil_div(stages[i].rank, tile.ranks);
+    const int64_t blocks = ceil_div(stages->rows, tile.rows) * rank_tiles;
     const int64_t x = tile.rows * x_bytes, factor = tile.ranks * factor_bytes;
     const int64_t time = ceil_div(blocks, multiprocessors) * std::max(2 * x, x + factor);
     if (time < least) {
@@ -77,16 +81,32 @@ FactorSource rank_down_factor_source(const RankDown& stage) {
   return FactorSource::kElements;
 }
 
-cudaError_t launch_rank_down(const RankDown& stage, const Device& device, cudaStream_t stream) {
-  const RankDownTile tile = choose_rank_down_tile(stage, device.multiprocessors);
-  const FactorSource source = rank_down_factor_source(stage);
-  switch (stage.dtype) {
+// A factor whose ranks are contiguous, among others whose are not, is read element by element.
+RankDownLaunch rank_down_launch(const RankDown* stages, int count, RankDownTile tile) {
+  RankDownLaunch launch = {stages, count, tile};
+  bool all = true;
+  for (int i = 0; i < count; ++i) {
+    launch.sources[i] = rank_down_factor_source(stages[i]);
+    all = all && launch.sources[i] == FactorSource::kRankChunks;
+  }
+  for (FactorSource& source : launch.sources) {
+    if (source == FactorSource::kRankChunks && !all) source = FactorSource::kElements;
+  }
+  return launch;
+}
+
+cudaError_t launch_rank_down(const RankDown* stages, int count, const Device& device,
+                             cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const RankDownTile tile = choose_rank_down_tile(stages, count, device.multiprocessors);
+  const RankDownLaunch launch = rank_down_launch(stages, count, tile);
+  switch (stages->dtype) {
     case DType::kBFloat16:
-      return launch_rank_down_bf16_sm80(stage, tile, source, stream);
+      return launch_rank_down_bf16_sm80(launch, stream);
     case DType::kFloat16:
-      return launch_rank_down_fp16_sm80(stage, tile, source, stream);
+      return launch_rank_down_fp16_sm80(launch, stream);
     default:
-      return launch_rank_down_fp32_sm80(stage, tile, source, stream);
+      return launch_rank_down_fp32_sm80(launch, stream);
   }
 }
 

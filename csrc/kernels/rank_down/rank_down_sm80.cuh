@@ -44,8 +44,12 @@
 // sums nothing. A sum is of one row of X and one column of F, so that what one adapter holds does
 // not reach another's rows.
 //
-// The blocks behind those of the product pack the partner, the other adapter matrix, for lora_gemm
-// (tile/pack.cuh). They come last because they are short: they fill the gaps of the last round.
+// Several factors may meet one X, with a mask, ranks and results of their own: those of projections
+// that share their input. Each has tiles of its own.
+//
+// The blocks behind those of the products pack the partners, the other adapter matrices, for
+// lora_gemm (tile/pack.cuh). They come last because they are short: they fill the gaps of the last
+// round.
 #pragma once
 
 #include <cstdint>
@@ -57,14 +61,38 @@
 
 namespace fused_lora::kernels {
 
+// The member that a tile of ranks is of.
+__device__ __forceinline__ const RankDownMember& member_of_tile(const RankDownParams& p, int tile) {
+  int member = 0;
+#pragma unroll
+  for (int i = 1; i < kMostCalls; ++i) {
+    if (i < p.count && tile >= p.members[i].first_tile) member = i;
+  }
+  return p.members[member];
+}
+
+template <typename Traits>
+__device__ __forceinline__ void pack_partner(const RankDownParams& p, int64_t block,
+                                             unsigned char* shared) {
+#pragma unroll 1
+  for (int i = 0; i < p.count; ++i) {
+    const PackFactorParams& partner = p.members[i].partner;
+    if (block < partner.blocks) {
+      pack_factor<typename Traits::T, Traits::kArithmetic, Traits::kThreads>(
+          partner, block, reinterpret_cast<float*>(shared));
+      return;
+    }
+    block -= partner.blocks;
+  }
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     rank_down_kernel(const __grid_constant__ RankDownParams p) {
   using Tile = typename Traits::Tile;
   extern __shared__ __align__(128) unsigned char shared[];
   if (blockIdx.x >= p.blocks) {
-    pack_factor<typename Traits::T, Traits::kArithmetic, Traits::kThreads>(
-        p.partner, blockIdx.x - p.blocks, reinterpret_cast<float*>(shared));
+    pack_partner<Traits>(p, blockIdx.x - p.blocks, shared);
     return;
   }
 
@@ -72,13 +100,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   // The tiles of ranks that share rows of X run side by side, so that X comes from DRAM once.
   const int64_t first_row = blockIdx.x / p.rank_tiles * static_cast<int64_t>(Traits::kRows);
-  const int first_rank = static_cast<int>(blockIdx.x % p.rank_tiles) * Traits::kRanks;
-  const RankWindow window =
-      window_of_rows(p.row_adapters, first_row,
-                     static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row)),
-                     {first_rank, min(first_rank + Traits::kRanks, p.rank)});
+  const int tile = static_cast<int>(blockIdx.x % p.rank_tiles);
+  const RankDownMember& m = member_of_tile(p, tile);
+  const int first_rank = (tile - m.first_tile) * Traits::kRanks;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(Traits::kRows), p.rows - first_row));
+  const RankWindow window = window_of_rows(m.row_adapters, first_row, rows,
+                                           {first_rank, min(first_rank + Traits::kRanks, m.rank)});
   const FactorSlice factor{
-      p.factor, p.factor_depth_stride, p.factor_rank_stride, p.columns, window, first_rank};
+      m.factor, m.factor_depth_stride, m.factor_rank_stride, p.columns, window, first_rank};
 
   unsigned char* const stages = shared + warp * Traits::kWarpBytes;
   const int64_t lane_row = first_row + lane / 4;
@@ -104,7 +133,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
     unsigned char* const factor_tile = x_tile + Traits::kXBytes;
     if constexpr (Traits::kLayout == FactorLayout::kDepthContiguous) {
-      if (p.factor_by_element) {
+      if (m.factor_by_element) {
         Tile::copy_elements(factor_tile, factor, column, lane);
         return;
       }
@@ -135,9 +164,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const unsigned char* const x_tile = stages + stage * Traits::kStageBytes;
     XFragments<Traits> fragments;
     fragments.load(x_tile, lane);
-    if (p.dropout.active()) {
+    if (m.dropout.active()) {
       // Read here and not before the loop, or Philox's 20 round keys would be kept in registers.
-      const DropoutKey key = dropout_key(p.dropout);
+      const DropoutKey key = dropout_key(m.dropout);
       fragments.drop(key, lane_row, slice * Traits::kSliceDepth, lane);
     }
     if constexpr (!Traits::kHalf) {
@@ -155,7 +184,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   __syncwarp();
   write_sums<Traits>(stages, sums, lane);
   __syncthreads();
-  finish<Traits>(p, shared, first_row, first_rank);
+  finish<Traits>(m, shared, first_row, rows, first_rank);
 }
 
 }  // namespace fused_lora::kernels

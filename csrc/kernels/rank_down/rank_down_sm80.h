@@ -2,6 +2,8 @@
 // each element type of X, in a file of its own.
 #pragma once
 
+#include <array>
+
 #include "kernels/stages.h"
 
 namespace fused_lora::kernels {
@@ -13,7 +15,7 @@ struct RankDownTile {
 };
 
 // Of the kernel's tiles, the one that lets the slowest multiprocessor finish first.
-RankDownTile choose_rank_down_tile(const RankDown& stage, int multiprocessors);
+RankDownTile choose_rank_down_tile(const RankDown* stages, int count, int multiprocessors);
 
 // How F comes from global memory. The 16-byte copies need F's contiguous dimension to be whole
 // chunks, at addresses that are multiples of 16; element by element anything goes.
@@ -25,11 +27,17 @@ enum class FactorSource {
 
 FactorSource rank_down_factor_source(const RankDown& stage);
 
-cudaError_t launch_rank_down_bf16_sm80(const RankDown& stage, RankDownTile tile,
-                                       FactorSource source, cudaStream_t stream);
-cudaError_t launch_rank_down_fp16_sm80(const RankDown& stage, RankDownTile tile,
-                                       FactorSource source, cudaStream_t stream);
-cudaError_t launch_rank_down_fp32_sm80(const RankDown& stage, RankDownTile tile,
-                                       FactorSource source, cudaStream_t stream);
+// Stages of one X, by one tile. Their sources are all kRankChunks, or none is.
+struct RankDownLaunch {
+  const RankDown* stages = nullptr;
+  int count = 0;
+  RankDownTile tile;
+  std::array<FactorSource, kMostCalls> sources = {};
+};
+RankDownLaunch rank_down_launch(const RankDown* stages, int count, RankDownTile tile);
+
+cudaError_t launch_rank_down_bf16_sm80(const RankDownLaunch& launch, cudaStream_t stream);
+cudaError_t launch_rank_down_fp16_sm80(const RankDownLaunch& launch, cudaStream_t stream);
+cudaError_t launch_rank_down_fp32_sm80(const RankDownLaunch& launch, cudaStream_t stream);
 
 }  // namespace fused_lora::kernels

@@ -11,11 +11,9 @@
 
 namespace fused_lora::kernels {
 
-struct RankDownParams {
-  const unsigned char* x;
-  int64_t x_row_bytes;
-  int64_t rows;
-  int columns, rank, packed_rank;
+// One factor, and what its product with X becomes.
+struct RankDownMember {
+  int rank, packed_rank;
   const void* factor;
   int64_t factor_depth_stride, factor_rank_stride;
   bool factor_by_element;
@@ -24,10 +22,21 @@ struct RankDownParams {
   const RowAdapter* row_adapters;  // or null
   Dropout dropout;
   void* out;
+  int64_t out_stride;
   void* packed;
-  int rank_tiles;
-  int64_t blocks;  // of the product; the partner's follow
+  int first_tile;  // of the launch's tiles of ranks
   PackFactorParams partner;
+};
+
+struct RankDownParams {
+  const unsigned char* x;
+  int64_t x_row_bytes;
+  int64_t rows;
+  int columns;
+  int rank_tiles;  // of all members
+  int64_t blocks;  // of the products; the partners' follow
+  int count;
+  RankDownMember members[kMostCalls];
 };
 
 template <typename T_, Arithmetic kArithmetic_, typename Factor_, FactorLayout kLayout_, int kRows_,

@@ -332,7 +332,7 @@ class DownGradBlock {
       const T* const dy =
           reinterpret_cast<const T*>(static_cast<const char*>(p_.dy) + row * p_.dy_pitch) +
           static_cast<int64_t>(tile) * kColumns;
-      const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.rank;
+      const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.low.stride;
       float right[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {

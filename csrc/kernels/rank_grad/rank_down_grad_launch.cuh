@@ -39,7 +39,7 @@ cudaError_t launch_down_grad(const RankDownGrad& stage, cudaStream_t stream) {
   p.out = down.out;
   p.packed = down.packed;
   p.packed_rank = static_cast<int>(packed_rank(down.arithmetic, down.rank));
-  p.low = {grad.low, p.rank, thin_unit(grad.low, grad.rank, sizeof(typename Traits::Low))};
+  p.low = thin_of(grad, sizeof(typename Traits::Low));
   p.grad_alpha = grad.alpha;
   p.grad = grad.partials != nullptr ? grad.partials : grad.out;
   p.grad_dtype = grad.partials != nullptr ? DType::kFloat32 : grad.out_dtype;

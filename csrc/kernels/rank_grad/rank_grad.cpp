@@ -13,6 +13,7 @@ namespace {
 
 const char* long_operand_obstacle(const RankGrad& stage) {
   if (stage.arithmetic == Arithmetic::kFloat32) return "fp32 arithmetic has no matrix units";
+  if (stage.low_stride > INT32_MAX) return "the rows of h lie 2^31 elements or more apart";
   return row_obstacle(stage.x, stage.rows, stage.columns, bytes_of(stage.dtype), kOfX);
 }
 
@@ -26,18 +27,24 @@ const char* rank_grad_obstacle(const RankGrad& stage) {
   return long_operand_obstacle(stage);
 }
 
-int rank_grad_splits(const RankGrad& stage, const Device& device) {
-  const int ranks = rank_grad::rank_tile(stage.rank);
+int rank_grad_splits(const RankGrad* stages, int count, const Device& device) {
+  const RankGrad& stage = stages[0];
+  int64_t most = 0, all = 0, rank_tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    most = std::max(most, stages[i].rank);
+    all += stages[i].rank;
+  }
+  const int ranks = rank_grad::rank_tile(most);
+  for (int i = 0; i < count; ++i) rank_tiles += ceil_div(stages[i].rank, ranks);
   const int64_t size = bytes_of(stage.dtype);
   const int64_t row_tiles =
       ceil_div(stage.rows, rank_grad::row_tile(ranks, static_cast<int>(size)));
-  const int64_t blocks =
-      ceil_div(stage.columns, rank_grad::column_tile(ranks)) * ceil_div(stage.rank, ranks);
+  const int64_t blocks = ceil_div(stage.columns, rank_grad::column_tile(ranks)) * rank_tiles;
   if (row_tiles <= 1 || blocks == 0) return 1;
   // One wave of two blocks an SM. Partial sums are written and read, in fp32: at most half X's
   // bytes.
   const int64_t fill = 2 * device.multiprocessors / blocks;
-  const int64_t cheap = stage.rows * size / (2 * 8 * stage.rank);
+  const int64_t cheap = stage.rows * size / (2 * 8 * all);
   const int64_t wanted = std::max<int64_t>(std::min({fill, cheap, row_tiles}), 1);
   // Equal shares of whole tiles, none of them empty.
   return static_cast<int>(ceil_div(row_tiles, ceil_div(row_tiles, wanted)));

@@ -6,9 +6,10 @@
 //     dB   X = dy (M×N)   low = h (M×r)   out: N×r
 //     dA   X = x  (M×K)   low = g (M×r)   out: r×K, written transposed; x under its dropout mask
 //
-// Both may share one launch: what one reads is not what the other writes, and their blocks fill the
-// device together. Bound by reading X once; low is read by every block of a share of the rows, from
-// L2.
+// Several may share one launch: what one reads is not what the other writes, and their blocks fill
+// the device together. Bound by reading X once; low is read by every block of a share of the rows,
+// from L2. Those of one X (dA of projections that share their input) have their blocks side by
+// side, so that X comes from DRAM once for all of them.
 //
 // Layouts. X: rows of 16-byte chunks, any pitch of whole chunks. low: dense, of any rank. out:
 // dense; or partial sums, fp32 in out's layout, one for each share of the rows, which the launch
@@ -82,14 +83,22 @@ struct GradParams {
   bool transposed;
   int splits;
   int64_t row_tiles, tiles_per_split;
-  int column_tiles, rank_tiles;
+  int column_tiles;
   void* out;  // with several splits: partials, fp32
   DType out_dtype;
 };
 
+// Stages of one X are a set: their tiles of ranks take turns, in their order.
+struct Member {
+  int first_block;  // of the set
+  int set_tiles;    // tiles of ranks, of the whole set
+  int first_tile;   // of the stage's own among them
+};
+
 struct LaunchParams {
-  GradParams stages[2];
-  int second_begins;  // the first block of stages[1]
+  GradParams stages[kMostGrads];
+  Member members[kMostGrads];
+  int count;
 };
 
 template <typename Traits>
@@ -106,13 +115,14 @@ class GradBlock {
   static_assert(kRows * LongTile::kRowBytes == kStageBytes, "X's part of a stage");
 
  public:
-  __device__ GradBlock(const GradParams& p, int block, uint32_t shared) : p_(p), shared_(shared) {
-    // Blocks that read the same columns of X, for other ranks, are neighbours; then come those that
-    // read on in the same rows.
-    first_rank_ = block % p.rank_tiles * Traits::kRanks;
-    block /= p.rank_tiles;
-    first_column_ = static_cast<int64_t>(block % p.column_tiles) * kColumns;
-    split_ = block / p.column_tiles;
+  // place: of the block among those of its set that have the same tile of ranks. Blocks that read
+  // the same columns of X, for other ranks, are neighbours; then come those that read on in the
+  // same rows.
+  __device__ GradBlock(const GradParams& p, int rank_tile, int place, uint32_t shared)
+      : p_(p), shared_(shared) {
+    first_rank_ = rank_tile * Traits::kRanks;
+    first_column_ = static_cast<int64_t>(place % p.column_tiles) * kColumns;
+    split_ = place / p.column_tiles;
     const int64_t first = static_cast<int64_t>(split_) * p.tiles_per_split;
     first_row_ = first * kRows;
     tiles_ = static_cast<int>(max(min(p.row_tiles - first, p.tiles_per_split), int64_t{0}));
@@ -255,7 +265,7 @@ class GradBlock {
     const RankWindow window = window_of_row(p_.row_adapters, row, p_.low.rank);
     const T* const x =
         reinterpret_cast<const T*>(static_cast<const char*>(p_.x) + row * p_.x_pitch);
-    const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.low.rank;
+    const Low* const low = static_cast<const Low*>(p_.low.data) + row * p_.low.stride;
     float left[Traits::kLeft][2];
 #pragma unroll
     for (int i = 0; i < Traits::kLeft; ++i) {
@@ -361,11 +371,19 @@ template <typename Traits>
 __global__ void __launch_bounds__(kThreads, Traits::kBlocks)
     kernel(const __grid_constant__ LaunchParams params) {
   extern __shared__ __align__(128) char shared[];
-  const int block = static_cast<int>(blockIdx.x);
-  const bool second = block >= params.second_begins;
-  GradBlock<Traits>(params.stages[second], second ? block - params.second_begins : block,
-                    ptx::shared_address(shared))
-      .run();
+  // The last stage whose set begins no later than the block, and whose tiles no later than its
+  // tile.
+  int stage = 0, tile = 0, place = 0;
+#pragma unroll 1
+  for (int i = 0; i < params.count; ++i) {
+    const Member& member = params.members[i];
+    const int block = static_cast<int>(blockIdx.x) - member.first_block;
+    if (block < 0 || block % member.set_tiles < member.first_tile) continue;
+    stage = i;
+    tile = block % member.set_tiles - member.first_tile;
+    place = block / member.set_tiles;
+  }
+  GradBlock<Traits>(params.stages[stage], tile, place, ptx::shared_address(shared)).run();
 }
 
 }  // namespace fused_lora::kernels::rank_grad

@@ -14,8 +14,7 @@ GradParams grad_params(const RankGrad& stage) {
   GradParams p{};
   p.x = stage.x.data;
   p.x_pitch = stage.x.row_stride * static_cast<int64_t>(sizeof(T));
-  p.low = {stage.low, static_cast<int>(stage.rank),
-           thin_unit(stage.low, stage.rank, sizeof(typename Traits::Low))};
+  p.low = thin_of(stage, sizeof(typename Traits::Low));
   p.rows = stage.rows;
   p.columns = stage.columns;
   p.alpha = stage.alpha;
@@ -26,24 +25,32 @@ GradParams grad_params(const RankGrad& stage) {
   p.row_tiles = ceil_div(stage.rows, Traits::kRows);
   p.tiles_per_split = ceil_div(p.row_tiles, stage.splits);
   p.column_tiles = static_cast<int>(ceil_div(stage.columns, Traits::kColumns));
-  p.rank_tiles = static_cast<int>(ceil_div(stage.rank, Traits::kRanks));
   p.out = stage.splits > 1 ? stage.partials : stage.out;
   p.out_dtype = stage.out_dtype;
   return p;
 }
 
-inline int64_t blocks_of(const GradParams& p) {
-  return static_cast<int64_t>(p.splits) * p.column_tiles * p.rank_tiles;
+// Whether two stages read one X in the same shares.
+inline bool share_x(const RankGrad& a, const RankGrad& b) {
+  return a.x.data == b.x.data && a.x.row_stride == b.x.row_stride && a.rows == b.rows &&
+         a.columns == b.columns && a.splits == b.splits;
 }
 
 template <typename Traits>
 cudaError_t launch_traits(const RankGrad* stages, int count, cudaStream_t stream) {
   LaunchParams params{};
+  params.count = count;
   int64_t blocks = 0;
-  for (int i = 0; i < count; ++i) {
-    params.stages[i] = grad_params<Traits>(stages[i]);
-    params.second_begins = i == 0 ? INT32_MAX : static_cast<int>(blocks);
-    blocks += blocks_of(params.stages[i]);
+  for (int begin = 0, end = 0; begin < count; begin = end) {
+    int tiles = 0;
+    for (; end < count && share_x(stages[begin], stages[end]); ++end) {
+      params.stages[end] = grad_params<Traits>(stages[end]);
+      params.members[end] = {static_cast<int>(blocks), 0, tiles};
+      tiles += static_cast<int>(ceil_div(stages[end].rank, Traits::kRanks));
+    }
+    for (int i = begin; i < end; ++i) params.members[i].set_tiles = tiles;
+    const GradParams& first = params.stages[begin];
+    blocks += static_cast<int64_t>(first.splits) * first.column_tiles * tiles;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   }
   if (blocks == 0) return cudaSuccess;

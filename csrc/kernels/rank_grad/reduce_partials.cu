@@ -1,4 +1,4 @@
-// out[i] = Σ_s partials[s · count + i], in the order of s, for up to two outputs of one launch.
+// out[i] = Σ_s partials[s · count + i], in the order of s, for every output of one launch.
 //
 // partials: splits × count, fp32. A thread adds four neighbours, 16 bytes a load, where count and
 // the addresses allow it; blocks are small, so that the few numbers of a skinny output spread over
@@ -21,11 +21,12 @@ struct Output {
   void* out;
   DType out_dtype;
   bool by_four;
-  int64_t blocks;
+  int64_t first_block;
 };
 
 struct Outputs {
-  Output each[2];
+  Output each[kMostGrads];
+  int used;
 };
 
 __device__ __forceinline__ void add(float& sum, float value) {
@@ -65,11 +66,15 @@ __device__ __forceinline__ void reduce_four(const Output& output, int64_t index)
 
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_partials(const __grid_constant__ Outputs outputs) {
-  const int64_t first_blocks = outputs.each[0].blocks, block = blockIdx.x;
-  const bool second = block >= first_blocks;
-  const Output& output = outputs.each[second];
+  const int64_t block = blockIdx.x;
+  int own = 0;
+#pragma unroll
+  for (int i = 1; i < kMostGrads; ++i) {
+    if (i < outputs.used && block >= outputs.each[i].first_block) own = i;
+  }
+  const Output& output = outputs.each[own];
   const int64_t index =
-      (second ? block - first_blocks : block) * kReduceThreads + static_cast<int>(threadIdx.x);
+      (block - output.first_block) * kReduceThreads + static_cast<int>(threadIdx.x);
   if (output.by_four) {
     reduce_four(output, index);
   } else if (index < output.count) {
@@ -83,22 +88,18 @@ bool aligned(const void* pointer, int64_t bytes) {
 
 }  // namespace
 
-cudaError_t launch_reduce_partials(const ReducePartials& stage, cudaStream_t stream) {
+cudaError_t launch_reduce_partials(const Partials* given, int count, cudaStream_t stream) {
   Outputs outputs{};
+  outputs.used = count;
   int64_t blocks = 0;
-  for (int i = 0; i < stage.used; ++i) {
-    const Partials& from = stage.outputs[static_cast<size_t>(i)];
+  for (int i = 0; i < count; ++i) {
+    const Partials& from = given[i];
     const bool by_four = from.count % 4 == 0 && aligned(from.partials, 16) &&
                          aligned(from.out, 4 * bytes_of(from.out_dtype));
     const int64_t threads = by_four ? from.count / 4 : from.count;
-    outputs.each[i] = {from.partials,
-                       from.splits,
-                       from.count,
-                       from.out,
-                       from.out_dtype,
-                       by_four,
-                       (threads + kReduceThreads - 1) / kReduceThreads};
-    blocks += outputs.each[i].blocks;
+    outputs.each[i] = {from.partials,  from.splits, from.count, from.out,
+                       from.out_dtype, by_four,     blocks};
+    blocks += (threads + kReduceThreads - 1) / kReduceThreads;
   }
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;

@@ -11,6 +11,7 @@ struct Params {
   MatrixView lora_b;  // N×r
   const void* bias;   // N, or null
   void *y, *h;
+  int64_t h_stride;
   int rows, columns, depth, rank;
   float scaling;
   const RowAdapter* row_adapters;  // rows, or null

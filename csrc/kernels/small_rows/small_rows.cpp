@@ -3,6 +3,7 @@
 #include "kernels/alignment.h"
 #include "kernels/plan.h"
 #include "kernels/small_rows/params.h"
+#include "kernels/stages.h"
 
 namespace fused_lora::kernels {
 
@@ -40,6 +41,7 @@ cudaError_t launch_small_rows(const ForwardCall& call, cudaStream_t stream) {
   params.bias = call.bias;
   params.y = call.y;
   params.h = call.h;
+  params.h_stride = stride_or_dense(call.h_stride, p.rank);
   params.rows = static_cast<int>(p.rows);
   params.columns = static_cast<int>(p.out_features);
   params.depth = static_cast<int>(p.in_features);

@@ -278,9 +278,10 @@ class Block {
   __device__ void store_h() const {
     using Out = typename Traits::Out;
     const int rows = min(Traits::kRows, p_.rows - first_row_);
-    Out* to = static_cast<Out*>(p_.h) + static_cast<int64_t>(first_row_) * p_.rank;
+    Out* to = static_cast<Out*>(p_.h) + first_row_ * p_.h_stride;
     for (int i = threadIdx.x; i < rows * p_.rank; i += Traits::kThreads) {
-      to[i] = from_float<Out>(h()[i / p_.rank * Traits::kRanks + i % p_.rank]);
+      const int row = i / p_.rank, rank = i % p_.rank;
+      to[row * p_.h_stride + rank] = from_float<Out>(h()[row * Traits::kRanks + rank]);
     }
   }
 
