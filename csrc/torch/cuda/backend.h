@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <functional>
+#include <span>
 #include <string>
 
 #include "kernels/plan.h"
@@ -52,20 +53,32 @@ class Backend {
     return kernels::presumed_faster(plan(call));
   }
 
-  // Runs the kernels. The workspace goes back to torch's allocator at once: whatever gets that
-  // memory next is written after them, on the same stream.
   template <typename Call>
   void launch(const Call& call) const {
-    const auto planned = plan(call);
+    run(call, plan(call));
+  }
+  void launch_together(std::span<const ForwardCall> calls) const { run_group(calls); }
+  void launch_together(std::span<const BackwardCall> calls) const { run_group(calls); }
+
+ private:
+  // The workspace goes back to torch's allocator at once: whatever gets that memory next is written
+  // after the kernels, on the same stream.
+  template <typename Calls, typename Plan>
+  void run(const Calls& calls, const Plan& planned) const {
     const auto bytes = static_cast<int64_t>(planned.workspace_bytes);
     at::Tensor workspace;
     if (bytes > 0) workspace = at::empty({bytes}, on_.options().dtype(at::kByte));
     void* const memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
-    const cudaError_t error = kernels::run(call, planned, memory, stream_);
+    const cudaError_t error = kernels::run(calls, planned, memory, stream_);
     if (error != cudaSuccess) check(error, "a launch of " + kernels::describe(planned));
   }
 
- private:
+  template <typename Call>
+  void run_group(std::span<const Call> calls) const {
+    const auto count = static_cast<int>(calls.size());
+    run(calls.data(), kernels::plan(calls.data(), count, figures(on_.device())));
+  }
+
   template <typename Call>
   auto plan(const Call& call) const {
     return kernels::plan(call, figures(on_.device()));

@@ -28,6 +28,12 @@ void* pointer(uint64_t address) {
   return reinterpret_cast<void*>(address);
 }
 
+// From a view's first element to its last.
+int64_t bytes_of(const kernels::MatrixView& view, int64_t rows, int64_t columns,
+                 int64_t element_bytes) {
+  return ((rows - 1) * view.row_stride + (columns - 1) * view.column_stride + 1) * element_bytes;
+}
+
 }  // namespace
 
 DeviceMemory::~DeviceMemory() {
@@ -43,18 +49,23 @@ uint64_t DeviceMemory::allocate(const char* name, int64_t bytes, const void* hos
   return address;
 }
 
+uint64_t DeviceMemory::allocate(const char* name, const kernels::MatrixView& host, int64_t rows,
+                                int64_t columns, int64_t element_bytes) {
+  const uint64_t address = allocate(name, bytes_of(host, rows, columns, element_bytes), host.data);
+  const int64_t shape[2] = {rows, columns};
+  const int64_t strides[2] = {host.row_stride * element_bytes, host.column_stride * element_bytes};
+  check(emulator_restrict(address, 0, static_cast<int>(element_bytes), 2, shape, strides) == 0);
+  return address;
+}
+
 kernels::MatrixView DeviceMemory::input(const char* name, const kernels::MatrixView& host,
                                         int64_t rows, int64_t columns, int64_t element_bytes) {
   kernels::MatrixView view = host;
   view.data = nullptr;
   if (host.data == nullptr || rows == 0 || columns == 0) return view;
-  const int64_t last = (rows - 1) * host.row_stride + (columns - 1) * host.column_stride;
-  const int64_t bytes = (last + 1) * element_bytes;
-  const uint64_t address = allocate(name, bytes, host.data);
+  const uint64_t address = allocate(name, host, rows, columns, element_bytes);
+  const int64_t bytes = bytes_of(host, rows, columns, element_bytes);
   check(emulator_write(address, host.data, static_cast<uint64_t>(bytes)) == 0);
-  const int64_t shape[2] = {rows, columns};
-  const int64_t strides[2] = {host.row_stride * element_bytes, host.column_stride * element_bytes};
-  check(emulator_restrict(address, 0, static_cast<int>(element_bytes), 2, shape, strides) == 0);
   view.data = pointer(address);
   return view;
 }
@@ -63,21 +74,28 @@ const void* DeviceMemory::input(const char* name, const void* host, int64_t byte
   return input(name, kernels::MatrixView{host, bytes, 1}, 1, bytes, 1).data;
 }
 
-kernels::MatrixView DeviceMemory::updated(const char* name, const kernels::MatrixView& host,
-                                          int64_t rows, int64_t columns, int64_t element_bytes) {
-  const kernels::MatrixView view = input(name, host, rows, columns, element_bytes);
-  if (view.data == nullptr) return view;
-  const int64_t last = (rows - 1) * host.row_stride + (columns - 1) * host.column_stride;
+void* DeviceMemory::output(const char* name, const kernels::MatrixView& host, int64_t rows,
+                           int64_t columns, int64_t element_bytes) {
+  if (host.data == nullptr || rows == 0 || columns == 0) return nullptr;
+  const uint64_t address = allocate(name, host, rows, columns, element_bytes);
+  auto* const to = static_cast<char*>(const_cast<void*>(host.data));
   outputs_.push_back(
-      {name, reinterpret_cast<uint64_t>(view.data), host.data, (last + 1) * element_bytes});
-  return view;
+      {name, address, to, rows, columns * element_bytes, host.row_stride * element_bytes});
+  return pointer(address);
 }
 
 void* DeviceMemory::output(const char* name, void* host, int64_t bytes) {
-  if (host == nullptr || bytes == 0) return nullptr;
-  const uint64_t address = allocate(name, bytes, host);
-  outputs_.push_back({name, address, host, bytes});
-  return pointer(address);
+  return output(name, {host, bytes}, 1, bytes, 1);
+}
+
+void* DeviceMemory::updated(const char* name, const kernels::MatrixView& host, int64_t rows,
+                            int64_t columns, int64_t element_bytes) {
+  void* const placed = output(name, host, rows, columns, element_bytes);
+  if (placed == nullptr) return nullptr;
+  const int64_t bytes = bytes_of(host, rows, columns, element_bytes);
+  const auto address = reinterpret_cast<uint64_t>(placed);
+  check(emulator_write(address, host.data, static_cast<uint64_t>(bytes)) == 0);
+  return placed;
 }
 
 void* DeviceMemory::workspace(void* host, int64_t bytes) {
@@ -90,16 +108,20 @@ void* DeviceMemory::workspace(void* host, int64_t bytes) {
 
 void DeviceMemory::fetch() {
   for (const Output& output : outputs_) {
-    const auto bytes = static_cast<uint64_t>(output.bytes);
+    const auto bytes = static_cast<uint64_t>(output.row_bytes);
     std::vector<uint8_t> undefined(bytes);
-    check(emulator_read_undefined(output.address, undefined.data(), bytes) == 0);
-    const auto unwritten =
-        std::count_if(undefined.begin(), undefined.end(), [](uint8_t b) { return b != 0; });
-    if (unwritten > 0) {
-      throw std::runtime_error(std::string(output.name) + ": " + std::to_string(unwritten) +
-                               " of " + std::to_string(bytes) + " bytes were not written");
+    for (int64_t row = 0; row < output.rows; ++row) {
+      const uint64_t from = output.address + static_cast<uint64_t>(row * output.pitch);
+      check(emulator_read_undefined(from, undefined.data(), bytes) == 0);
+      const auto unwritten =
+          std::count_if(undefined.begin(), undefined.end(), [](uint8_t b) { return b != 0; });
+      if (unwritten > 0) {
+        throw std::runtime_error(std::string(output.name) + ": " + std::to_string(unwritten) +
+                                 " of " + std::to_string(bytes) + " bytes of row " +
+                                 std::to_string(row) + " were not written");
+      }
+      check(emulator_read(from, output.host + row * output.pitch, bytes) == 0);
     }
-    check(emulator_read(output.address, const_cast<void*>(output.host), bytes) == 0);
   }
 }
 

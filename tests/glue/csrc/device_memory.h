@@ -21,9 +21,11 @@ class DeviceMemory {
                             int64_t columns, int64_t element_bytes);
   const void* input(const char* name, const void* host, int64_t bytes);
   // An input that is copied back by fetch().
-  kernels::MatrixView updated(const char* name, const kernels::MatrixView& host, int64_t rows,
-                              int64_t columns, int64_t element_bytes);
-  // To be copied back by fetch(). Null where the host's pointer is.
+  void* updated(const char* name, const kernels::MatrixView& host, int64_t rows, int64_t columns,
+                int64_t element_bytes);
+  // To be copied back by fetch(): dense rows, any distance apart. Null where the host's pointer is.
+  void* output(const char* name, const kernels::MatrixView& host, int64_t rows, int64_t columns,
+               int64_t element_bytes);
   void* output(const char* name, void* host, int64_t bytes);
   // Throws where `host` is not memory for so many bytes, or is any for none.
   void* workspace(void* host, int64_t bytes);
@@ -35,11 +37,14 @@ class DeviceMemory {
   struct Output {
     const char* name;
     uint64_t address;
-    const void* host;
-    int64_t bytes;
+    char* host;
+    int64_t rows, row_bytes, pitch;
   };
 
   uint64_t allocate(const char* name, int64_t bytes, const void* host);
+  // Memory for a view, which alone is accessible.
+  uint64_t allocate(const char* name, const kernels::MatrixView& host, int64_t rows,
+                    int64_t columns, int64_t element_bytes);
 
   std::vector<uint64_t> allocations_;
   std::vector<Output> outputs_;

@@ -12,6 +12,16 @@ cudaError_t real_backward(const BackwardCall& call, const BackwardPlan& plan, vo
   return run(call, plan, workspace, stream);
 }
 
+cudaError_t real_forward_group(const ForwardCall* calls, const GroupPlan<ForwardPlan>& plan,
+                               void* workspace, cudaStream_t stream) {
+  return run(calls, plan, workspace, stream);
+}
+
+cudaError_t real_backward_group(const BackwardCall* calls, const GroupPlan<BackwardPlan>& plan,
+                                void* workspace, cudaStream_t stream) {
+  return run(calls, plan, workspace, stream);
+}
+
 cudaError_t real_mask(const MaskCall& call, cudaStream_t stream) {
   return run(call, stream);
 }

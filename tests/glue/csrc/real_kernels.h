@@ -12,6 +12,14 @@ cudaError_t real_forward(const fused_lora::kernels::ForwardCall& call,
 cudaError_t real_backward(const fused_lora::kernels::BackwardCall& call,
                           const fused_lora::kernels::BackwardPlan& plan, void* workspace,
                           cudaStream_t stream);
+cudaError_t real_forward_group(
+    const fused_lora::kernels::ForwardCall* calls,
+    const fused_lora::kernels::GroupPlan<fused_lora::kernels::ForwardPlan>& plan, void* workspace,
+    cudaStream_t stream);
+cudaError_t real_backward_group(
+    const fused_lora::kernels::BackwardCall* calls,
+    const fused_lora::kernels::GroupPlan<fused_lora::kernels::BackwardPlan>& plan, void* workspace,
+    cudaStream_t stream);
 cudaError_t real_mask(const fused_lora::kernels::MaskCall& call, cudaStream_t stream);
 cudaError_t real_row_adapters(const fused_lora::kernels::RowAdaptersCall& call,
                               cudaStream_t stream);
