@@ -11,6 +11,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,15 +29,18 @@ from benchmarks.sequences import (
 from benchmarks.shapes import Shape
 from benchmarks.tables import markdown
 from tests.emulator import Machine, native
-from tests.emulator.machine import Launch
+from tests.emulator.machine import Launch, Traffic
 from tests.emulator.oracles.cutlass import GEMMS, compile_gemms
 from tests.emulator.oracles.run import Operands as GemmOperands
 from tests.emulator.oracles.run import run_gemm
 from tests.kernels.call import Mode, load, run_backward, run_forward
+from tests.kernels.cases import KINDS
+from tests.kernels.group import group_of, run_backward_group, run_forward_group
 from tests.operands import BF16, Operands, operands
 
 # Buffers of the sizes of x, of y and of W; whatever else there is has terms in the rank alone.
 U, V, W = ("x", "dx"), ("y", "dy"), ("weight",)
+BY_NAME = {kind.name: kind for kind in KINDS}
 CUTLASS_TILE = (128, 128)  # of cutlass_sm80_bf16_tn, and of lora_gemm's large tile
 
 
@@ -74,6 +78,30 @@ def measure(shape: Shape, *, dropout: float, device: str = "a100", frozen: bool 
     return launches
 
 
+def measure_group(shape: Shape, *, dropout: float, device: str = "a100") -> tuple[list[Moved], list[Moved]]:
+    """Every launch of three projections of one x, each as wide as x: in a group, and by themselves."""
+    m, k = shape.rows, shape.in_features
+    square = Shape("", m, k, k, shape.rank)
+    group = group_of(BY_NAME["bf16"], m, k, 3 * ((k, shape.rank),), dropout)
+    machine = Machine(device, check_races=False)
+    kernels = load()
+    grouped, apart = [], []
+    forward = run_forward_group(kernels, machine, group, Mode())
+    backward = run_backward_group(kernels, machine, group, forward.hs, Mode())
+    for half, run in (("forward", forward.run), ("backward", backward.run)):
+        grouped += [_moved(half, launch, square) for launch in run.result.assert_clean().launches]
+    for member, dy, h in zip(group.members, group.dys, forward.hs, strict=True):
+        own = run_forward(kernels, machine, member, Mode()).run
+        of_it = run_backward(kernels, machine, dy, h.contiguous(), member, Mode()).run
+        for half, run in (("forward", own), ("backward", of_it)):
+            apart += [_moved(half, launch, square) for launch in run.result.assert_clean().launches]
+    return grouped, apart
+
+
+# Of the dx of three projections: two are read and one is written, twice.
+DX_ADDITIONS = 2 * (Moved("backward", "add", 0, 6, 0, 0, 0, 0, 0),)
+
+
 def cutlass(shape: Shape, device: str = "a100") -> int:
     """Total bytes that CUTLASS's plain GEMM x Wᵀ moves, with the tile of our large one."""
     (gemm,) = (g for g in GEMMS if g.launcher == "cutlass_sm80_bf16_tn")
@@ -91,6 +119,8 @@ def report(shape: Shape, *, dropout: float = 0.1, device: str = "a100") -> str:
     alone = measure(shape, dropout=dropout, device=device, frozen=False)
     m, n = shape.rows, shape.out_features
     peft = tuple(without_frozen(sequence) for sequence in PEFT_SEQUENCES)
+    grouped, apart = measure_group(shape, dropout=dropout, device=device)
+    square = Shape("", m, shape.in_features, shape.in_features, shape.rank)
     lines = [
         "# Counted traffic",
         (__doc__ or "").partition("\n\n")[2].strip(),
@@ -103,6 +133,16 @@ def report(shape: Shape, *, dropout: float = 0.1, device: str = "a100") -> str:
         _table(alone),
         "",
         _sums(alone, shape, ADAPTER, peft),
+        f"\nA group, q, k and v of {square} each, forward and backward together; by themselves each writes "
+        "a dx of its own, which torch adds up:\n",
+        markdown(
+            SUMS,
+            [
+                _sum("in a group, counted", grouped, square),
+                _sum("by themselves, counted", apart, square),
+                _sum("and torch's additions, planned", [*apart, *DX_ADDITIONS], square),
+            ],
+        ),
     ]
     gemm = next((it for it in launches if it.half == "forward" and it.w), None)
     if gemm is not None and gemm.blocks == -(-m // CUTLASS_TILE[0]) * -(-n // CUTLASS_TILE[1]):
@@ -142,15 +182,17 @@ def _operands(shape: Shape, dropout: float) -> Operands:
 def _moved(half: str, launch: Launch, shape: Shape) -> Moved:
     m, k, n = shape.rows, shape.in_features, shape.out_features
 
-    def unique(names: tuple[str, ...]) -> int:
-        buffers = (launch.buffers[name] for name in names if name in launch.buffers)
-        return sum(b.unique_read + b.unique_written for b in buffers)
+    def of(names: Collection[str]) -> list[Traffic]:
+        return [traffic for name, traffic in launch.buffers.items() if kind_of(name) in names]
 
-    def total(names: set[str]) -> int:
-        return sum(b.bytes_read + b.bytes_written for name, b in launch.buffers.items() if name in names)
+    def unique(names: Collection[str]) -> int:
+        return sum(b.unique_read + b.unique_written for b in of(names))
+
+    def total(names: Collection[str]) -> int:
+        return sum(b.bytes_read + b.bytes_written for b in of(names))
 
     long = {*U, *V, *W}
-    rest = set(launch.buffers) - long
+    rest = {kind_of(name) for name in launch.buffers} - long
     return Moved(
         half,
         short_name(launch.kernel),
@@ -158,32 +200,39 @@ def _moved(half: str, launch: Launch, shape: Shape) -> Moved:
         unique(U) / (m * k),
         unique(V) / (m * n),
         unique(W) / (k * n),
-        unique(tuple(rest)),
+        unique(rest),
         total(long),
         total(rest),
     )
 
 
-def _sums(launches: list[Moved], shape: Shape, ours: Sequence, others: tuple[Sequence, ...]) -> str:
-    m, k, n = shape.rows, shape.in_features, shape.out_features
+def kind_of(buffer: str) -> str:
+    """A buffer's name without its projection's number."""
+    return buffer.rstrip("0123456789")
 
-    def row(name: str, count: int, u: float, v: float, w: float, rank_bytes: float = 0) -> list[str]:
-        mib = (u * m * k + v * m * n + w * k * n + rank_bytes) / 2**20
-        return [name, str(count), *(f"{value:.3g}" for value in (u, v, w)), f"{mib:.2f}"]
 
+SUMS = ("", "launches", "u", "v", "w", "MiB")
+
+
+def _sum(name: str, launches: list[Moved], shape: Shape) -> list[str]:
     u, v, w = (sum(getattr(it, unit) for it in launches) for unit in ("u", "v", "w"))
-    rank_bytes = sum(it.rank_bytes for it in launches)
-    rows = [
-        row("fused, counted", len(launches), u, v, w, rank_bytes),
-        row("fused, planned", len(ours.forward + ours.backward), *_planned(ours)),
-    ]
-    for sequence in others:
-        rows.append(row(sequence.name, len(sequence.forward + sequence.backward), *_planned(sequence)))
-    return markdown(("", "launches", "u", "v", "w", "MiB"), rows)
+    return _row(name, len(launches), shape, u, v, w, sum(it.rank_bytes for it in launches))
 
 
-def _planned(sequence: Sequence) -> tuple[float, float, float]:
-    return coefficients(sequence.forward + sequence.backward)
+def _row(
+    name: str, count: int, shape: Shape, u: float, v: float, w: float, rank_bytes: float = 0
+) -> list[str]:
+    m, k, n = shape.rows, shape.in_features, shape.out_features
+    mib = (u * m * k + v * m * n + w * k * n + rank_bytes) / 2**20
+    return [name, str(count), *(f"{value:.3g}" for value in (u, v, w)), f"{mib:.2f}"]
+
+
+def _sums(launches: list[Moved], shape: Shape, ours: Sequence, others: tuple[Sequence, ...]) -> str:
+    rows = [_sum("fused, counted", launches, shape)]
+    for name, sequence in (("fused, planned", ours), *((other.name, other) for other in others)):
+        kernels = sequence.forward + sequence.backward
+        rows.append(_row(name, len(kernels), shape, *coefficients(kernels)))
+    return markdown(SUMS, rows)
 
 
 @cache

@@ -39,11 +39,23 @@ def test_an_adapter_alone_moves_x_twice_dx_once_and_y_four_times(toolkit):
     assert not any(it.w for it in launches)
 
 
+def test_a_group_reads_x_less_often_and_adds_dx_up_as_it_goes(toolkit):
+    """x: once for h and thrice for y, once for dA. dx: written, and twice read and written."""
+    grouped, apart = traffic.measure_group(Shape("", 160, 128, 0, rank=8), dropout=0.1)
+    assert sum(it.u for it in grouped) == pytest.approx(2 + 3 * 2 + 2 + 2 + 2 * 4)
+    assert sum(it.u for it in apart) == pytest.approx(3 * 8)
+    for unit, times in (("v", 3 * 6), ("w", 3 * 4)):
+        assert sum(getattr(it, unit) for it in grouped) == pytest.approx(times)
+        assert sum(getattr(it, unit) for it in apart) == pytest.approx(times)
+    assert len(grouped) == 1 + 3 + 3 * 2 + 2 < len(apart)
+
+
 def test_the_gemm_reads_what_cutlasss_does_and_the_low_rank_operands(toolkit):
     shape = Shape("", 2048, 64, 2048, rank=8)
     text = traffic.report(shape, device="l4")
     assert text.count("| fused, planned ") == 2
     assert "| adapter of PEFT, dropout" in text
+    assert "| in a group, counted " in text
     assert "| PEFT's default, dropout" in text
     line = text.splitlines()[-1]
     assert line.startswith("Forward GEMM of 128×128 tiles")
