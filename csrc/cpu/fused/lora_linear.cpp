@@ -103,7 +103,7 @@ struct Task {
 template <typename Visit>
 void for_each_task(std::span<const Product> products, int threads, const Visit& visit) {
   for (size_t first = 0, next; first < products.size(); first = next) {
-    for (next = first + 1; next < products.size() && products[next].adds;) ++next;
+    for (next = first + 1; next < products.size() && products[next].follows;) ++next;
     const Product& p = products[first];
     if (p.rows <= 0 || p.columns <= 0) continue;
     const Cut cut = cut_for(p, is_small(work_of(p)) ? 1 : threads);
@@ -394,6 +394,19 @@ Level best_level() {
 
 namespace {
 
+// The low-rank product by itself, formed in the way that suits its operands. out: M×columns, dense.
+Product tail_alone(const Problem& p, int64_t columns, const Operand& left, const Operand& right,
+                   void* out, DType dtype) {
+  Product product;
+  product.rows = p.rows;
+  product.columns = columns;
+  product.left = left;
+  product.right = right;
+  add_tail(&product, p.rank, left, right);
+  product.out = {out, columns, 1, dtype};
+  return product;
+}
+
 // h or g: M×r, in the rank dtype.
 Operand low_of(const Problem& p, const void* data, int64_t stride) {
   return dense(data, stride == 0 ? p.rank : stride, rank_dtype(p));
@@ -416,8 +429,15 @@ void run(std::span<const ForwardCall> calls, Level level, const Parallel& parall
     mask(&h, MaskOn::kLeft, call.dropout, masks[i]);
     hs.push_back(h);
 
-    Product y = frozen_forward(p, x, call.weight, call.bias, call.y);
-    add_tail(&y, p.rank, low, transposed(factor[i].b));
+    Product y;
+    if (call.base == nullptr) {
+      y = frozen_forward(p, x, call.weight, call.bias, call.y);
+      add_tail(&y, p.rank, low, transposed(factor[i].b));
+    } else {
+      y = tail_alone(p, p.out_features, low, transposed(factor[i].b), call.y, y_dtype(p));
+      y.base = call.base;
+      y.base_row_stride = call.base_stride;
+    }
     ys.push_back(y);
   }
   run_products(hs, kernels, parallel);
@@ -434,7 +454,7 @@ void run(std::span<const BackwardCall> calls, Level level, const Parallel& paral
   for (size_t i = 0; i < calls.size(); ++i) {
     const BackwardCall& call = calls[i];
     const Problem& p = call.problem;
-    const Operand dy = operand(call.dy, p.dtype), g = low_of(p, call.g, 0);
+    const Operand dy = operand(call.dy, y_dtype(p)), g = low_of(p, call.g, 0);
     if (call.dx != nullptr || call.dlora_a != nullptr) {
       of_dy.push_back(rank_down(p, dy, p.out_features, factor[i].b, call.scaling,
                                 {call.g, p.rank, 1, g.stored}));
@@ -444,10 +464,19 @@ void run(std::span<const BackwardCall> calls, Level level, const Parallel& paral
                                 {call.dlora_b, 1, p.rank, p.adapter_dtype}));
     }
     if (call.dx != nullptr) {
-      Product dx = frozen_backward(p, dy, call.weight, call.dx);
-      add_tail(&dx, p.rank, g, factor[i].a);
+      Product dx;
+      if (call.weight.data != nullptr) {
+        dx = frozen_backward(p, dy, call.weight, call.dx);
+        add_tail(&dx, p.rank, g, factor[i].a);
+      } else {
+        dx = tail_alone(p, p.in_features, g, factor[i].a, call.dx, p.dtype);
+      }
       mask(&dx, MaskOn::kTail, call.dropout, masks[i]);
-      dx.adds = !of_g.empty();  // to the dx before it
+      dx.follows = !of_g.empty();  // the dx before it
+      if (dx.follows) {
+        dx.base = call.dx;
+        dx.base_row_stride = p.in_features;
+      }
       of_g.push_back(dx);
     }
   }

@@ -5,6 +5,9 @@
 //     g  = s · dy B                   g: M×r
 //     dx = dy W + drop'(g A)          dA = gᵀ drop(x)   dB = dyᵀ h
 //
+// A frozen layer may compute by itself, and hand over what it gave: then y = base + h Bᵀ, and the
+// terms of W and b are not there.
+//
 // The low-rank product is a few more steps of depth in the tile of the frozen one. The dropout mask
 // is drawn once in a call, a bit for an element of x, and nothing else of x's size is written.
 //
@@ -55,7 +58,14 @@ struct Problem {
   DType adapter_dtype = DType::kFloat32;  // of A and B: dtype, or fp32 masters beside bf16
   bool round_adapters = false;            // masters are rounded to dtype first, as autocast does
   bool weight_in_panels = false;          // as weight_panels.h lays it: its strides are not read
+  bool y_in_other_dtype = false;          // base, y and dy, where there is no frozen product
 };
+
+// Of y, base and dy.
+inline DType y_dtype(const Problem& p) {
+  const DType other = p.dtype == DType::kFloat32 ? DType::kBFloat16 : DType::kFloat32;
+  return p.y_in_other_dtype ? other : p.dtype;
+}
 
 // The dtype of h and g, and of the low-rank products. Sums are in fp32 always.
 inline DType rank_dtype(const Problem& p) {
@@ -71,13 +81,18 @@ struct ForwardCall {
   const void* bias = nullptr;  // N, or none
   float scaling = 1.0f;
   Dropout dropout;
-  void* y = nullptr;     // M×N, dense
-  void* h = nullptr;     // M×r, in rank_dtype
-  int64_t h_stride = 0;  // of h's rows; 0: they lie dense
+  // M×N in y's dtype; its columns lie side by side. Where it is given, weight and bias are not
+  // read. It may be y itself.
+  const void* base = nullptr;
+  int64_t base_stride = 0;  // of its rows
+  void* y = nullptr;        // M×N, dense
+  void* h = nullptr;        // M×r, in rank_dtype
+  int64_t h_stride = 0;     // of h's rows; 0: they lie dense
 };
 
 // dx, dlora_a and dlora_b may each be null: then it is not computed, and neither is what only it
-// needs. x is read for dlora_a alone, h for dlora_b alone, weight for dx alone.
+// needs. x is read for dlora_a alone, h for dlora_b alone, weight for dx alone; a weight without
+// data has no part in dx.
 struct BackwardCall {
   Problem problem;
   MatrixView dy;            // M×N

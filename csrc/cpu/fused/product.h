@@ -1,6 +1,6 @@
 // One product, as the levels compute it, and the table of functions by which a level is called.
 //
-//     out = α · (start + keep ∘ (tail_left · tail_right) · tail_scale + left · right)  [ + out ]
+//     out = α · (start + keep ∘ (tail_left · tail_right) · tail_scale + left · right)  [ + base ]
 //
 //     left: rows×depth   right: depth×columns   tail_left: rows×tail_depth
 //     tail_right: tail_depth×columns            start: columns, or rows×columns, or nothing
@@ -65,7 +65,11 @@ struct Product {
   MaskOn mask = MaskOn::kNothing;
   Mask drawn;  // at (row, column) of what the mask falls on
   Output out;
-  bool adds = false;  // to what the output holds; that one's columns then lie in rows
+  // rows×columns in the output's dtype, which may be the output itself; the columns of both then
+  // lie in rows.
+  const void* base = nullptr;
+  int64_t base_row_stride = 0;
+  bool follows = false;  // its base is the output of the product before it
 };
 
 // A part of the output: rows row .. row_end-1, columns column .. column_end-1. column is a multiple

@@ -37,8 +37,7 @@ class Kept {
 };
 
 void run_product(const Product& product, const Kernels& kernels, const Parallel& parallel);
-// Products that do not depend on each other, but for those that add to the output of the product
-// before them.
+// Products that do not depend on each other, but for those that follow the product before them.
 void run_products(std::span<const Product> products, const Kernels& kernels,
                   const Parallel& parallel);
 

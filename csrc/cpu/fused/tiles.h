@@ -184,14 +184,18 @@ void finish(const Product& product, const float* sums, int64_t vectors, int64_t 
   const bool wide = out.dtype == DType::kFloat32;
   auto* out_f32 = static_cast<float*>(out.data);
   auto* out_bf16 = static_cast<uint16_t*>(out.data);
+  const float* base_f32 = as_f32(product.base);
+  const uint16_t* base_bf16 = as_bf16(product.base);
   const int64_t whole = out.column_stride == 1 ? columns / kWidth * kWidth : 0;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (row + i) * out.row_stride + column * out.column_stride;
+    const int64_t base_at = (row + i) * product.base_row_stride + column;
     const float* from = sums + i * vectors * kWidth;
     for (int64_t c = 0; c < whole; c += kWidth) {
       F value = load(from + c) * alpha;
-      if (product.adds)
-        value = value + (wide ? load(out_f32 + at + c) : load_bf16(out_bf16 + at + c));
+      if (product.base != nullptr) {
+        value = value + (wide ? load(base_f32 + base_at + c) : load_bf16(base_bf16 + base_at + c));
+      }
       if (wide) {
         store(out_f32 + at + c, value);
       } else {
@@ -201,7 +205,9 @@ void finish(const Product& product, const float* sums, int64_t vectors, int64_t 
     for (int64_t c = whole; c < columns; ++c) {
       const int64_t place = at + c * out.column_stride;
       float value = from[c] * product.alpha;
-      if (product.adds) value += wide ? out_f32[place] : widened(out_bf16[place]);
+      if (product.base != nullptr) {
+        value += wide ? base_f32[base_at + c] : widened(base_bf16[base_at + c]);
+      }
       if (wide) {
         out_f32[place] = value;
       } else {
