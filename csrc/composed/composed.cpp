@@ -64,8 +64,12 @@ at::Tensor rank_grad(const Rows& left, const Rows& right, at::ScalarType dtype) 
 
 }  // namespace
 
+at::ScalarType rank_dtype(at::ScalarType rows, const at::Tensor& lora_a, bool round_adapters) {
+  return round_adapters ? rows : lora_a.scalar_type();
+}
+
 at::ScalarType rank_dtype(const at::Tensor& rows, const at::Tensor& lora_a, bool round_adapters) {
-  return round_adapters ? rows.scalar_type() : lora_a.scalar_type();
+  return rank_dtype(rows.scalar_type(), lora_a, round_adapters);
 }
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight,
@@ -134,6 +138,38 @@ Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
   if (needs_weight) dweight = at::mm(dy_rows.t(), rows);
   if (needs_bias) dbias = dy_rows.sum(0);
   return {dx, dweight, da, db, dbias};
+}
+
+at::Tensor add_forward(const at::Tensor& base, const at::Tensor& x, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                       bool round_adapters) {
+  const auto low = rank_dtype(x, lora_a, round_adapters);
+  const at::Tensor rows = as_matrix(x);
+  at::Tensor h = rank_down(Rows(rows, low, &dropout), lora_a.to(low), scaling);
+  accumulate_rank_up(base, h, lora_b.to(low).t());
+  return h;
+}
+
+AddGradients add_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                          const at::Tensor& lora_a, const at::Tensor& lora_b,
+                          const std::optional<at::Tensor>& h, at::ScalarType dtype, double scaling,
+                          const Dropout& dropout, bool round_adapters, const AddNeeded& needed) {
+  const auto low = rank_dtype(dtype, lora_a, round_adapters);
+  const auto [needs_x, needs_a, needs_b] = needed;
+  const at::Tensor dy_rows = as_matrix(dy);
+  at::Tensor dx, da, db, g;
+  if (needs_x || needs_a) g = rank_down(Rows(dy_rows, low), lora_b.to(low).t(), scaling);
+  if (needs_x) {
+    dx = at::zeros({dy_rows.size(0), lora_a.size(1)}, dy.options().dtype(dtype));
+    accumulate_rank_up(dx, g, lora_a.to(low), &dropout);
+    if (dy.dim() != 2) dx = dx.view(with_last_size(dy, lora_a.size(1)));
+  }
+  if (needs_a) {
+    const at::Tensor rows = as_matrix(*x);
+    da = rank_grad(Rows(g, low), Rows(rows, low, &dropout), lora_a.scalar_type());
+  }
+  if (needs_b) db = rank_grad(Rows(dy_rows, low), Rows(*h, low), lora_b.scalar_type());
+  return {dx, da, db};
 }
 
 }  // namespace fused_lora::composed

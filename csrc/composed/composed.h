@@ -22,6 +22,7 @@ namespace fused_lora::composed {
 // The dtype of h, g and the low-rank products: the adapters' own, unless fp32 masters are to be
 // rounded to the dtype of the long operand (x, dy) first, as autocast does.
 at::ScalarType rank_dtype(const at::Tensor& rows, const at::Tensor& lora_a, bool round_adapters);
+at::ScalarType rank_dtype(at::ScalarType rows, const at::Tensor& lora_a, bool round_adapters);
 
 // Returns (y, h). y: x's leading dimensions × N in x's dtype; h: M×r in rank_dtype.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& weight,
@@ -54,7 +55,23 @@ Gradients backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
                    const std::optional<at::Tensor>& h, double scaling, const Dropout& dropout,
                    bool round_adapters, const Needed& needed, const at::Tensor& dx_sum = {});
 
-// The same op and gradients out of torch's differentiable operations alone (differentiable.cpp),
+// Beside a frozen layer that computes by itself: adds h Bᵀ, in place, to what that one gave, in
+// whichever dtype that is. base: M×N. Returns h.
+at::Tensor add_forward(const at::Tensor& base, const at::Tensor& x, const at::Tensor& lora_a,
+                       const at::Tensor& lora_b, double scaling, const Dropout& dropout,
+                       bool round_adapters);
+
+// (dx, dlora_a, dlora_b), without a term of W; undefined where not needed.
+using AddGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using AddNeeded = std::array<bool, 3>;
+
+// dy is in base's dtype. dtype: x's, and dx's.
+AddGradients add_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                          const at::Tensor& lora_a, const at::Tensor& lora_b,
+                          const std::optional<at::Tensor>& h, at::ScalarType dtype, double scaling,
+                          const Dropout& dropout, bool round_adapters, const AddNeeded& needed);
+
+// The same ops and gradients out of torch's differentiable operations alone (differentiable.cpp),
 // for who derives in other ways than one backward: a graph of the backward itself (create_graph),
 // transforms of torch.func, forward-mode derivatives. Slower, and no more sparing than torch.
 
@@ -77,5 +94,14 @@ Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::
                                   const at::Tensor& weight, const at::Tensor& lora_a,
                                   const at::Tensor& lora_b, double scaling, const Mask& drop,
                                   bool round_adapters, const Needed& needed);
+
+at::Tensor differentiable_add_forward(const at::Tensor& base, const at::Tensor& x,
+                                      const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                      double scaling, const Mask& drop, bool round_adapters);
+
+AddGradients differentiable_add_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                         at::ScalarType dtype, double scaling, const Mask& drop,
+                                         bool round_adapters, const AddNeeded& needed);
 
 }  // namespace fused_lora::composed

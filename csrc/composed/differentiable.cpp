@@ -46,4 +46,33 @@ Gradients differentiable_backward(const at::Tensor& dy, const std::optional<at::
   return {dx, dweight, da, db, dbias};
 }
 
+at::Tensor differentiable_add_forward(const at::Tensor& base, const at::Tensor& x,
+                                      const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                      double scaling, const Mask& drop, bool round_adapters) {
+  const auto low = rank_dtype(x, lora_a, round_adapters);
+  const at::Tensor h = at::linear(drop(x.to(low)), lora_a.to(low)) * scaling;
+  return (base + at::linear(h, lora_b.to(low))).to(base.scalar_type());
+}
+
+AddGradients differentiable_add_backward(const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                                         const at::Tensor& lora_a, const at::Tensor& lora_b,
+                                         at::ScalarType dtype, double scaling, const Mask& drop,
+                                         bool round_adapters, const AddNeeded& needed) {
+  const auto low = rank_dtype(dtype, lora_a, round_adapters);
+  const auto [needs_x, needs_a, needs_b] = needed;
+  const at::Tensor dy_low = as_matrix(dy).to(low), rows = x ? as_matrix(*x) : at::Tensor();
+  const at::Tensor a = lora_a.to(low), b = lora_b.to(low);
+  at::Tensor dx, da, db;
+  const at::Tensor g = at::matmul(dy_low, b) * scaling;
+  if (needs_x) {
+    dx = drop(at::matmul(g, a)).to(dtype).view(with_last_size(dy, lora_a.size(1)));
+  }
+  if (needs_a) da = at::matmul(g.t(), drop(rows.to(low))).to(lora_a.scalar_type());
+  if (needs_b) {
+    const at::Tensor h = at::matmul(drop(rows.to(low)), a.t()) * scaling;
+    db = at::matmul(dy_low.t(), h).to(lora_b.scalar_type());
+  }
+  return {dx, da, db};
+}
+
 }  // namespace fused_lora::composed
