@@ -38,6 +38,28 @@ def lora_linear_grouped(
     seeds: Sequence[Tensor | None],
     round_adapters: bool,
 ) -> list[Tensor]: ...
+def lora_add(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    round_adapters: bool,
+    column_offset: int = 0,
+) -> Tensor: ...
+def lora_add_(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    round_adapters: bool,
+    column_offset: int = 0,
+) -> None: ...
 def set_path(name: str) -> None: ...
 def clear_cast_cache() -> None: ...
 def build_facts() -> dict[str, str]: ...

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fused_lora._version import __version__
+from fused_lora.add import lora_add, lora_add_
 from fused_lora.binary import FusedLoRAWarning
 from fused_lora.choices import share_choices
 from fused_lora.explanation import explain
@@ -54,6 +55,8 @@ __all__ = [
     "groups",
     "held",
     "load_adapter",
+    "lora_add",
+    "lora_add_",
     "lora_linear",
     "lora_linear_grouped",
     "lora_linear_mixed",

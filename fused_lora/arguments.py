@@ -12,6 +12,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 MASK_LANES = 8  # columns of a dropout mask that one Philox call decides
 PANEL_ROWS = 32  # rows of a weight that lie together where it is packed
+_LINEAR = "lora_linear"
+_ADD = "lora_add"
 
 
 def check_arguments(
@@ -86,6 +88,42 @@ def check_mixed_arguments(
             )
 
 
+def check_add_arguments(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    column_offset: int = 0,
+    dtypes: bool = True,
+) -> None:
+    """As check_arguments, of lora_add. dtypes: whether those of x and the adapter must fit each other."""
+    if x.dim() < 1:
+        raise ValueError(f"{_ADD}: x must have at least 1 dimension, got shape {list(x.shape)}")
+    _dims(lora_a, "lora_a", 2, "rank×in_features", _ADD)
+    _dims(lora_b, "lora_b", 2, "out_features×rank", _ADD)
+    _size(lora_b, "lora_b", 1, "rank", lora_a.shape[0], "lora_a", op=_ADD)
+    if lora_a.shape[0] < 1:
+        raise ValueError(f"{_ADD}: lora_a must have rank ≥ 1, got shape {list(lora_a.shape)}")
+    if dtypes:
+        _float(x, "x", _ADD)
+        _check_adapter_dtypes(x, lora_a, lora_b, "lora_a", "lora_b", _ADD)
+    _device(lora_a, "lora_a", x, _ADD)
+    _device(lora_b, "lora_b", x, _ADD)
+    _check_dropout(x, dropout_p, seed, _ADD)
+    _check_column_offset(column_offset, _ADD)
+    _size(x, "x", x.dim() - 1, "in_features", lora_a.shape[1], "lora_a", "-1", _ADD)
+    if base.dim() != x.dim():
+        shape = list(base.shape)
+        raise ValueError(f"{_ADD}: base must have as many dimensions as x ({x.dim()}), got shape {shape}")
+    for dim in range(x.dim() - 1):
+        _size(base, "base", dim, "rows", x.shape[dim], "x", op=_ADD)
+    _size(base, "base", base.dim() - 1, "out_features", lora_b.shape[0], "lora_b", "-1", _ADD)
+    _float(base, "base", _ADD)
+    _device(base, "base", x, _ADD)
+
+
 def _check_base_shapes(x: Tensor, weight: Tensor) -> None:
     if x.dim() < 1:
         raise ValueError(f"lora_linear: x must have at least 1 dimension, got shape {list(x.shape)}")
@@ -104,32 +142,32 @@ def _check_adapter_shapes(weight: Tensor, lora_a: Tensor, lora_b: Tensor, name_a
 
 
 def _check_base_dtypes(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        allowed = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
-        raise TypeError(f"lora_linear: x must be {allowed}, got {x.dtype}")
+    _float(x, "x")
     _dtype(weight, "weight", x.dtype, "x")
 
 
-def _check_adapter_dtypes(x: Tensor, lora_a: Tensor, lora_b: Tensor, name_a: str, name_b: str) -> None:
+def _check_adapter_dtypes(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, name_a: str, name_b: str, op: str = _LINEAR
+) -> None:
     if lora_a.dtype != x.dtype and not (lora_a.dtype == torch.float32 and x.dtype in _HALF):
         masters = " or torch.float32 (masters)" if x.dtype in _HALF else ""
-        raise TypeError(f"lora_linear: {name_a} must be {x.dtype} (as x){masters}, got {lora_a.dtype}")
-    _dtype(lora_b, name_b, lora_a.dtype, name_a)
+        raise TypeError(f"{op}: {name_a} must be {x.dtype} (as x){masters}, got {lora_a.dtype}")
+    _dtype(lora_b, name_b, lora_a.dtype, name_a, op)
 
 
-def _check_dropout(x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
-    check_probability("lora_linear", dropout_p, "dropout_p")
+def _check_dropout(x: Tensor, dropout_p: float, seed: Tensor | None, op: str = _LINEAR) -> None:
+    check_probability(op, dropout_p, "dropout_p")
     if dropout_p > 0.0:
         if seed is None:
-            raise ValueError("lora_linear: seed must be given with dropout_p > 0")
-        _seed("lora_linear", seed)
-        _device(seed, "seed", x)
+            raise ValueError(f"{op}: seed must be given with dropout_p > 0")
+        _seed(op, seed)
+        _device(seed, "seed", x, op)
 
 
-def _check_column_offset(column_offset: int) -> None:
+def _check_column_offset(column_offset: int, op: str = _LINEAR) -> None:
     if column_offset < 0 or column_offset % MASK_LANES:
         raise ValueError(
-            f"lora_linear: column_offset must be a multiple of {MASK_LANES} and ≥ 0, got {column_offset}"
+            f"{op}: column_offset must be a multiple of {MASK_LANES} and ≥ 0, got {column_offset}"
         )
 
 
@@ -191,29 +229,42 @@ def _seed(op: str, seed: Tensor) -> None:
         raise ValueError(f"{op}: seed must hold one number, got shape {list(seed.shape)}")
 
 
-def _dims(tensor: Tensor, name: str, dims: int, meaning: str) -> None:
+def _dims(tensor: Tensor, name: str, dims: int, meaning: str, op: str = _LINEAR) -> None:
     if tensor.dim() != dims:
-        raise ValueError(f"lora_linear: {name} must be {dims}-D ({meaning}), got shape {list(tensor.shape)}")
+        raise ValueError(f"{op}: {name} must be {dims}-D ({meaning}), got shape {list(tensor.shape)}")
 
 
 def _size(
-    tensor: Tensor, name: str, dim: int, meaning: str, expected: int, source: str, dim_name: str = ""
+    tensor: Tensor,
+    name: str,
+    dim: int,
+    meaning: str,
+    expected: int,
+    source: str,
+    dim_name: str = "",
+    op: str = _LINEAR,
 ) -> None:
     if tensor.shape[dim] != expected:
         raise ValueError(
-            f"lora_linear: {name} must have {meaning} = {expected} (as {source}) in dimension "
+            f"{op}: {name} must have {meaning} = {expected} (as {source}) in dimension "
             f"{dim_name or dim}, got shape {list(tensor.shape)}"
         )
 
 
-def _dtype(tensor: Tensor, name: str, expected: torch.dtype, source: str) -> None:
+def _float(tensor: Tensor, name: str, op: str = _LINEAR) -> None:
+    if tensor.dtype not in _DTYPES:
+        allowed = "torch.float32, torch.float64, torch.bfloat16 or torch.float16"
+        raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}")
+
+
+def _dtype(tensor: Tensor, name: str, expected: torch.dtype, source: str, op: str = _LINEAR) -> None:
     if tensor.dtype != expected:
-        raise TypeError(f"lora_linear: {name} must be {expected} (as {source}), got {tensor.dtype}")
+        raise TypeError(f"{op}: {name} must be {expected} (as {source}), got {tensor.dtype}")
 
 
-def _device(tensor: Tensor, name: str, x: Tensor) -> None:
+def _device(tensor: Tensor, name: str, x: Tensor, op: str = _LINEAR) -> None:
     if tensor.device != x.device:
-        raise ValueError(f"lora_linear: {name} must be on {x.device} (as x), got {tensor.device}")
+        raise ValueError(f"{op}: {name} must be on {x.device} (as x), got {tensor.device}")
 
 
 def check_count(op: str, values: Sequence[object], name: str, expected: int, source: str) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fused_lora.arguments import (
     MASK_LANES,
     PANEL_ROWS,
+    check_add_arguments,
     check_arguments,
     check_mixed_arguments,
     check_packed,
@@ -77,6 +78,56 @@ def lora_linear_mixed(
         delta = lora_delta(x_own, a, b, scaling=s, dropout_p=dropout_p, seed=seed)
         y = torch.where(own, (y + delta).to(y.dtype), y)
     return y
+
+
+def lora_add(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    column_offset: int = 0,
+) -> Tensor:
+    """base: …×out, x: …×in, lora_a: r×in, lora_b: out×r. Returns base + delta in base's dtype."""
+    return (base + _delta_beside(base, x, lora_a, lora_b, scaling, dropout_p, seed, column_offset)).to(
+        base.dtype
+    )
+
+
+def lora_add_(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    column_offset: int = 0,
+) -> Tensor:
+    """lora_add in place."""
+    return base.add_(_delta_beside(base, x, lora_a, lora_b, scaling, dropout_p, seed, column_offset))
+
+
+def _delta_beside(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    column_offset: int,
+) -> Tensor:
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    check_add_arguments(base, x, lora_a, lora_b, dropout_p, seed, column_offset, dtypes=not autocast)
+    return lora_delta(
+        x, lora_a, lora_b, scaling=scaling, dropout_p=dropout_p, seed=seed, column_offset=column_offset
+    )
 
 
 def plain(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "build_facts.h"
+#include "torch/any_base/ops.h"
 #include "torch/cast_cache.h"
 #include "torch/cpu/module.h"
 #include "torch/mixed_batch/ops.h"
@@ -49,6 +50,14 @@ std::vector<at::Tensor> lora_linear_grouped(
                                               round_adapters);
 }
 
+// Returns nothing: the caller has base.
+void lora_add_(at::Tensor base, const at::Tensor& x, const at::Tensor& lora_a,
+               const at::Tensor& lora_b, double scaling, double dropout_p,
+               const OptionalTensor& seed, bool round_adapters, int64_t column_offset) {
+  fused_lora::ops::lora_add_(base, x, lora_a, lora_b, scaling, dropout_p, seed, round_adapters,
+                             column_offset);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -70,6 +79,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dropout_p"), py::arg("seeds"), py::arg("round_adapters"),
         py::call_guard<py::gil_scoped_release>(),
         "torch.ops.fused_lora.lora_linear_grouped, differentiable, called directly.");
+  const auto add = [&m](const char* name, auto op, const char* doc) {
+    m.def(name, op, py::arg("base"), py::arg("x"), py::arg("lora_a"), py::arg("lora_b"),
+          py::arg("scaling"), py::arg("dropout_p"), py::arg("seed"), py::arg("round_adapters"),
+          py::arg("column_offset") = 0, py::call_guard<py::gil_scoped_release>(), doc);
+  };
+  add("lora_add", &fused_lora::ops::lora_add,
+      "torch.ops.fused_lora.lora_add, differentiable, called directly.");
+  add("lora_add_", &lora_add_, "torch.ops.fused_lora.lora_add_, differentiable, called directly.");
   m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
         py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");

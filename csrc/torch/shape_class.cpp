@@ -15,6 +15,8 @@ const char* name(ClassDType dtype) {
       return "float32";
     case ClassDType::kBFloat16:
       return "bfloat16";
+    case ClassDType::kFloat64:
+      return "float64";
     default:
       return "float16";
   }
@@ -48,6 +50,15 @@ Layout layout_of(const void* data, int64_t row_stride, int64_t column_stride, in
   return Layout::kNeither;
 }
 
+void ShapeClass::add_to(at::ScalarType dtype) {
+  adds = true;
+  weight = Layout::kAbsent;
+  y_dtype = dtype == at::kFloat      ? ClassDType::kFloat32
+            : dtype == at::kBFloat16 ? ClassDType::kBFloat16
+            : dtype == at::kHalf     ? ClassDType::kFloat16
+                                     : ClassDType::kFloat64;
+}
+
 std::string ShapeClass::text() const {
   std::string text = backward ? "backward" : "forward";
   const auto add = [&](const char* what, const std::string& value) {
@@ -70,17 +81,20 @@ std::string ShapeClass::text() const {
   add(backward ? "dy" : "x", name(long_operand));
   if (needs_a) add("x", name(x));
   add("weight", name(weight));
+  if (adds) add("adds", name(y_dtype));
+  if (in_place) text += " in place";
   if (threads > 0) add("threads", std::to_string(threads));
   if (instructions != nullptr) text.append(" ").append(instructions);
   return text;
 }
 
 ShapeClass::Key ShapeClass::key() const {
-  const std::array<bool, 8> flags = {backward, round_adapters, allow_tf32, dropout,
-                                     bias,     needs_x,        needs_a,    needs_b};
+  const std::array<bool, 10> flags = {backward, round_adapters, allow_tf32, dropout, bias,
+                                      needs_x,  needs_a,        needs_b,    adds,    in_place};
   int64_t bits = 0;
   for (const bool flag : flags) bits = 2 * bits + (flag ? 1 : 0);
-  const auto layouts = static_cast<int64_t>(long_operand) << 16 | static_cast<int64_t>(x) << 8 |
+  const auto layouts = static_cast<int64_t>(y_dtype) << 24 |
+                       static_cast<int64_t>(long_operand) << 16 | static_cast<int64_t>(x) << 8 |
                        static_cast<int64_t>(weight);
   return {static_cast<int64_t>(device.type()) << 16 | static_cast<uint8_t>(device.index()),
           threads,

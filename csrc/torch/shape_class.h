@@ -3,6 +3,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
 
 #include <array>
 #include <cstddef>
@@ -15,8 +16,8 @@ namespace fused_lora {
 enum class Layout : uint8_t { kRows, kColumns, kNeither, kPanels, kAbsent };
 Layout layout_of(const void* data, int64_t row_stride, int64_t column_stride, int64_t item_bytes);
 
-// As every family of kernels numbers the dtypes it has.
-enum class ClassDType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+// As every family of kernels numbers the dtypes it has. kFloat64: of what torch alone adds to.
+enum class ClassDType : uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct ShapeClass {
   c10::Device device = c10::kCPU;
@@ -29,11 +30,17 @@ struct ShapeClass {
   bool round_adapters = false;
   bool allow_tf32 = false;
   bool dropout = false;
-  bool bias = false;                                       // of a forward
+  bool bias = false;      // of a forward
+  bool adds = false;      // to what the frozen layer gave: there is no product with W
+  bool in_place = false;  // of such a forward
+  ClassDType y_dtype = ClassDType::kFloat32;               // where it adds; else dtype
   bool needs_x = false, needs_a = false, needs_b = false;  // of a backward
   Layout long_operand = Layout::kRows;                     // x, or a backward's dy
   Layout x = Layout::kAbsent;                              // of a backward
   Layout weight = Layout::kRows;
+
+  // Makes it the class of a call that adds to a y, or reads a dy, of this dtype.
+  void add_to(at::ScalarType dtype);
 
   // Everything but the device, in words: how the class is known on disk.
   std::string text() const;

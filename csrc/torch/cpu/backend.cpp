@@ -37,12 +37,38 @@ fused::Parallel torchs_pool() {
   return {run_in_torchs_pool, nullptr, at::in_parallel_region() ? 1 : at::get_num_threads()};
 }
 
-std::string Backend::obstacle(const at::Tensor& rows) {
-  const auto dtype = rows.scalar_type();
+namespace {
+
+std::string dtype_obstacle(at::ScalarType dtype) {
   if (dtype == at::kFloat || dtype == at::kBFloat16) return level_obstacle();
   return std::string("there are no fused kernels for torch.")
       .append(dtype == at::kHalf ? "float16" : "float64")
       .append(" on the CPU");
+}
+
+}  // namespace
+
+std::string Backend::obstacle(const at::Tensor& rows) {
+  return dtype_obstacle(rows.scalar_type());
+}
+
+std::string Backend::add_obstacle(const at::Tensor& y, at::ScalarType dtype) {
+  const std::string of_x = dtype_obstacle(dtype);
+  return of_x.empty() ? dtype_obstacle(y.scalar_type()) : of_x;
+}
+
+fused::Problem Backend::add_problem(const at::Tensor& y, at::ScalarType dtype,
+                                    const at::Tensor& lora_a, bool round_adapters) {
+  fused::Problem p;
+  p.rows = y.size(0);
+  p.in_features = lora_a.size(1);
+  p.out_features = y.size(1);
+  p.rank = lora_a.size(0);
+  p.dtype = kernel_dtype(dtype);
+  p.adapter_dtype = kernel_dtype(lora_a.scalar_type());
+  p.round_adapters = round_adapters && p.dtype != p.adapter_dtype;
+  p.y_in_other_dtype = kernel_dtype(y.scalar_type()) != p.dtype;
+  return p;
 }
 
 fused::MatrixView Backend::view(const at::Tensor& tensor) {

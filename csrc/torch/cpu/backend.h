@@ -35,6 +35,10 @@ class Backend {
   static fused::MatrixView view(const at::Tensor& tensor);
   static fused::Problem problem(const at::Tensor& rows, const at::Tensor& weight,
                                 const at::Tensor& lora_a, bool round_adapters);
+  // Of lora_add (torch/any_base/run.h).
+  static std::string add_obstacle(const at::Tensor& y, at::ScalarType dtype);
+  static fused::Problem add_problem(const at::Tensor& y, at::ScalarType dtype,
+                                    const at::Tensor& lora_a, bool round_adapters);
   static fused::Dropout dropout(const composed::Dropout& dropout);
   static at::Tensor mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,
                          int64_t row_offset, int64_t column_offset, at::ScalarType dtype);

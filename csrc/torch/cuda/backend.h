@@ -31,7 +31,16 @@ class Backend {
   static auto view(const at::Tensor& matrix) { return cuda::view(matrix); }
   static auto problem(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_a,
                       bool round_adapters) {
-    return cuda::problem(rows, weight, lora_a, round_adapters);
+    return cuda::problem(rows, weight.size(0), weight.size(1), lora_a, round_adapters);
+  }
+  // Of lora_add (torch/any_base/run.h).
+  static std::string add_obstacle(const at::Tensor& y, at::ScalarType dtype) {
+    if (!has_kernels(dtype)) return "there are no fused kernels for torch.float64";
+    return y.scalar_type() == dtype ? "" : "the kernels add to a tensor of x's dtype alone";
+  }
+  static auto add_problem(const at::Tensor& y, at::ScalarType /*dtype*/, const at::Tensor& lora_a,
+                          bool round_adapters) {
+    return cuda::problem(y, y.size(1), lora_a.size(1), lora_a, round_adapters);
   }
   static auto dropout(const composed::Dropout& dropout) { return cuda::dropout(dropout); }
   static at::Tensor mask(const at::Tensor& seed, int64_t rows, int64_t columns, double p,

@@ -74,12 +74,12 @@ kernels::MatrixView view(const at::Tensor& matrix) {
   return {matrix.const_data_ptr(), rows > 1 ? matrix.stride(0) : dense, column_stride};
 }
 
-kernels::Problem problem(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_a,
-                         bool round_adapters) {
+kernels::Problem problem(const at::Tensor& rows, int64_t out_features, int64_t in_features,
+                         const at::Tensor& lora_a, bool round_adapters) {
   kernels::Problem p;
   p.rows = rows.size(0);
-  p.in_features = weight.size(1);
-  p.out_features = weight.size(0);
+  p.in_features = in_features;
+  p.out_features = out_features;
   p.rank = lora_a.size(0);
   p.dtype = kernel_dtype(rows.scalar_type());
   p.adapter_dtype = kernel_dtype(lora_a.scalar_type());

@@ -19,8 +19,8 @@ at::ScalarType torch_dtype(kernels::DType dtype);
 kernels::MatrixView view(const at::Tensor& matrix);
 
 // rows: M×K or M×N. Reads torch's switch for tf32.
-kernels::Problem problem(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& lora_a,
-                         bool round_adapters);
+kernels::Problem problem(const at::Tensor& rows, int64_t out_features, int64_t in_features,
+                         const at::Tensor& lora_a, bool round_adapters);
 
 kernels::Dropout dropout(const composed::Dropout& dropout);
 

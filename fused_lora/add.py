@@ -1,0 +1,128 @@
+"""The adapter alone, added to what a frozen layer gave that computes by itself: a quantised linear, one with
+hooks, any module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from fused_lora import paths, reference
+from fused_lora.arguments import check_probability
+from fused_lora.binary import BINARY
+from fused_lora.ops import seed_on
+
+_compiled = BINARY.module
+
+
+def lora_add(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    column_offset: int = 0,
+) -> Tensor:
+    """y = base + s · drop(x) Aᵀ Bᵀ, where `base` is what a frozen layer gave for x, by whatever it computes.
+
+    Args:
+        base: …×out_features with x's leading dimensions; float32, float64, bfloat16 or float16, whichever of
+            them x has.
+        x, lora_a, lora_b, scaling, dropout_p, training, seed, column_offset: as `lora_linear` takes them.
+
+    Returns …×out_features in base's dtype, under autocast too: the sum is rounded to it once.
+
+    Raises ValueError and TypeError as `lora_linear` does.
+
+    Gradients go to whichever of base, x, lora_a and lora_b require them; base's is that of the sum. Saved for
+    backward: x, h = s · drop(x) Aᵀ (rows×rank) and the seed.
+    """
+    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    if paths.choose(x.device.type, x.device.index) == "reference":
+        return reference.lora_add(
+            base,
+            x,
+            lora_a,
+            lora_b,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
+        )
+    if torch.compiler.is_compiling() or has_torch_function((base, x, lora_a, lora_b)):
+        y: Tensor = torch.ops.fused_lora.lora_add(
+            base,
+            x,
+            lora_a,
+            lora_b,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
+        )
+        return y
+    assert _compiled is not None
+    return _compiled.lora_add(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
+
+
+def lora_add_(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    column_offset: int = 0,
+) -> Tensor:
+    """`lora_add` in place: writes the sum into `base`, and returns base.
+
+    For a base that nobody else reads, its own layer's backward included: torch refuses a backward that would
+    read what was overwritten. The kernels write a contiguous base as they go; another is copied into.
+
+    Raises as `lora_add`, and RuntimeError as torch's own in-place operations do: for a leaf that requires a
+    gradient, and for a base whose elements overlap each other, x, lora_a or lora_b.
+    """
+    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    if paths.choose(x.device.type, x.device.index) == "reference":
+        return reference.lora_add_(
+            base,
+            x,
+            lora_a,
+            lora_b,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
+        )
+    if torch.compiler.is_compiling() or has_torch_function((base, x, lora_a, lora_b)):
+        y: Tensor = torch.ops.fused_lora.lora_add_(
+            base,
+            x,
+            lora_a,
+            lora_b,
+            scaling=scaling,
+            dropout_p=dropout_p,
+            seed=seed_tensor,
+            column_offset=column_offset,
+        )
+        return y
+    assert _compiled is not None
+    _compiled.lora_add_(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
+    return base
+
+
+def _dropout_of(
+    x: Tensor, dropout_p: float, training: bool, seed: Tensor | int | None
+) -> tuple[float, Tensor | None]:
+    """The probability of a call's dropout, and its seed where it drops anything."""
+    check_probability("lora_add", dropout_p, "dropout_p")
+    if training and dropout_p > 0.0:
+        return dropout_p, seed_on(x.device, seed)
+    return 0.0, None
