@@ -1,4 +1,4 @@
-"""Several adapters on one linear: y = x Wᵀ + b + Σ sᵢ·Bᵢ(Aᵢ dropᵢ(x))."""
+"""Several adapters on one linear, y = x Wᵀ + b + Σ sᵢ·Bᵢ(Aᵢ dropᵢ(x)), or on what another layer gave."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_lora import reference
+from fused_lora.add import lora_add, lora_add_
 from fused_lora.ops import lora_linear, seed_on
 
 
@@ -45,6 +46,20 @@ def lora_sum(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[
     if len(adapters) > 1 or isinstance(scaling, Tensor):
         a, b, scaling = as_one(adapters)
     return lora_linear(x, weight, a, b, bias, scaling=scaling, dropout_p=dropout_p)
+
+
+def add_sum(base: Tensor, x: Tensor, adapters: Sequence[Adapter], *, in_place: bool) -> Tensor:
+    """base + Σ sᵢ·Bᵢ(Aᵢ dropᵢ(x)), in base's dtype. base, x: as `lora_add` takes them. in_place: base may be
+    overwritten."""
+    if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):
+        for adapter in adapters:
+            base = add_sum(base, x, [adapter], in_place=in_place)
+        return base
+    a, b, scaling, dropout_p = adapters[0]
+    if len(adapters) > 1 or isinstance(scaling, Tensor):
+        a, b, scaling = as_one(adapters)
+    add = lora_add_ if in_place else lora_add
+    return add(base, x, a, b, scaling=scaling, dropout_p=dropout_p)
 
 
 def as_one(adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor, float]:

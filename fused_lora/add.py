@@ -41,7 +41,15 @@ def lora_add(
     Gradients go to whichever of base, x, lora_a and lora_b require them; base's is that of the sum. Saved for
     backward: x, h = s · drop(x) Aᵀ (rows×rank) and the seed.
     """
-    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    seed_tensor = None
+    if dropout_p != 0.0:
+        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    if _serves(x, base, lora_a, lora_b):
+        assert _compiled is not None
+        y: Tensor = _compiled.lora_add(
+            base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset
+        )
+        return y
     if paths.choose(x.device.type, x.device.index) == "reference":
         return reference.lora_add(
             base,
@@ -53,20 +61,17 @@ def lora_add(
             seed=seed_tensor,
             column_offset=column_offset,
         )
-    if torch.compiler.is_compiling() or has_torch_function((base, x, lora_a, lora_b)):
-        y: Tensor = torch.ops.fused_lora.lora_add(
-            base,
-            x,
-            lora_a,
-            lora_b,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-        return y
-    assert _compiled is not None
-    return _compiled.lora_add(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
+    y = torch.ops.fused_lora.lora_add(
+        base,
+        x,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        seed=seed_tensor,
+        column_offset=column_offset,
+    )
+    return y
 
 
 def lora_add_(
@@ -89,7 +94,13 @@ def lora_add_(
     Raises as `lora_add`, and RuntimeError as torch's own in-place operations do: for a leaf that requires a
     gradient, and for a base whose elements overlap each other, x, lora_a or lora_b.
     """
-    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    seed_tensor = None
+    if dropout_p != 0.0:
+        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    if _serves(x, base, lora_a, lora_b):
+        assert _compiled is not None
+        _compiled.lora_add_(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
+        return base
     if paths.choose(x.device.type, x.device.index) == "reference":
         return reference.lora_add_(
             base,
@@ -101,21 +112,29 @@ def lora_add_(
             seed=seed_tensor,
             column_offset=column_offset,
         )
-    if torch.compiler.is_compiling() or has_torch_function((base, x, lora_a, lora_b)):
-        y: Tensor = torch.ops.fused_lora.lora_add_(
-            base,
-            x,
-            lora_a,
-            lora_b,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-        return y
-    assert _compiled is not None
-    _compiled.lora_add_(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
-    return base
+    y: Tensor = torch.ops.fused_lora.lora_add_(
+        base,
+        x,
+        lora_a,
+        lora_b,
+        scaling=scaling,
+        dropout_p=dropout_p,
+        seed=seed_tensor,
+        column_offset=column_offset,
+    )
+    return y
+
+
+def _serves(x: Tensor, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether the compiled op may be called past torch.ops' Python."""
+    if torch.compiler.is_compiling() or has_torch_function((x, base, lora_a, lora_b)):
+        return False
+    serving = paths.serving
+    if x.device not in serving:
+        if paths.choose(x.device.type, x.device.index) == "reference":
+            return False
+        serving.add(x.device)
+    return True
 
 
 def _dropout_of(

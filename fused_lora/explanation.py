@@ -38,6 +38,7 @@ def explain(
     weight_packed: bool = False,
     adapters: int = 1,
     layers: int = 1,
+    adapter_alone: bool = False,
     gpu: str = "A100",
 ) -> str:
     """Which path a call on `device` takes now, and why, in one line; with a shape, which kernels as well.
@@ -53,6 +54,8 @@ def explain(
         adapters: of a mixed batch (use_adapters, adapter_names), among which the rows are divided; each of
             this rank.
         layers: that share x (fused_lora.group), each of these sizes.
+        adapter_alone: whether the frozen layer computes by itself, as a quantised one does, and the adapter
+            is added in place to what it gives (fused_lora.lora_add_): then there is no weight.
         gpu: whose figures plans are made for where no GPU is at hand: "A100", "L4", "RTX 4090", "H100",
             "B200" or "RTX 5090".
 
@@ -63,6 +66,10 @@ def explain(
     for name, count in (("adapters", adapters), ("layers", layers)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"explain: {name} must be a number ≥ 1, got {count}")
+    if adapter_alone and (adapters > 1 or layers > 1):
+        raise ValueError(
+            f"explain: adapter_alone is of one adapter and one layer, got {adapters=} and {layers=}"
+        )
     if adapters > 1 and layers > 1:
         raise ValueError(
             f"explain: layers: a mixed batch ({adapters} adapters) computes each by itself, got {layers}"
@@ -107,6 +114,7 @@ def explain(
             dropout=dropout,
             weight_transposed=weight_transposed,
             weight_packed=weight_packed,
+            adapter_alone=adapter_alone,
             threads=threads,
             mixed=adapters if adapters > 1 else 0,
         )
@@ -124,6 +132,7 @@ def explain(
         bias=bias,
         dropout=dropout,
         weight_transposed=weight_transposed,
+        adapter_alone=adapter_alone,
         figures=figures,
     )
     lines = [line, *told, f"kernels, for {label}:"]

@@ -62,6 +62,10 @@ class Groupable:
         """None where the layer's state asks for more than one call of the op, or another."""
         raise NotImplementedError
 
+    def why_base_not_fused(self) -> str | None:
+        """Why no call of this op computes the layer, whatever its state; None where one may."""
+        return None
+
 
 def pays(layer: Groupable, x: Tensor) -> bool:
     """Whether a layer that has a group is to be computed together with it."""

@@ -25,7 +25,9 @@ def group(model: nn.Module) -> GroupReport:
             continue
         kin: dict[tuple[object, ...], list[Groupable]] = {}
         for name, child in parent.named_children():
-            if isinstance(child, Groupable) and GROUP not in child.__dict__:
+            if not isinstance(child, Groupable) or child.why_base_not_fused() is not None:
+                continue
+            if GROUP not in child.__dict__:
                 role = role_of(f"{path}.{name}" if path else name)
                 kin.setdefault((type(child), child.in_features, role), []).append(child)
         for layers in kin.values():

@@ -580,7 +580,7 @@ def linear_obstacle(module: nn.Module) -> str | None:
 
 @constant
 def _is_plain(kind: type) -> bool:
-    return _qualified(kind) in PLAIN_LINEARS
+    return qualified(kind) in PLAIN_LINEARS
 
 
 @constant
@@ -622,7 +622,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 @constant
 def stores_transposed(kind: type[nn.Module]) -> bool:
-    return PLAIN_LINEARS[_qualified(kind)]
+    return PLAIN_LINEARS.get(qualified(kind), False)
 
 
 def _write(parameter: Tensor, matrix: Tensor) -> None:
@@ -644,5 +644,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
 
-def _qualified(kind: type) -> str:
+def qualified(kind: type) -> str:
+    """A class's name and whence it comes, to know it by without an import."""
     return f"{kind.__module__}.{kind.__qualname__}"

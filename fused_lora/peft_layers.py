@@ -1,7 +1,9 @@
-"""PEFT's LoRA layers, computed by the fused op: the same modules, keys and files, another forward."""
+"""PEFT's LoRA layers, computed by the fused ops: the same modules, keys and files, another forward."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fused_lora.adapter_sum import Adapter, lora_sum
+from fused_lora.any_base import KEEPS_DTYPE, add_adapters, with_biases
 from fused_lora.gathered import autocast_copy, is_gathered
 from fused_lora.grouped import GROUP, Groupable, Operands, computed_together, has_hooks, pays
 from fused_lora.grouping import set_grouped, ungroup
@@ -17,6 +20,7 @@ from fused_lora.layer import (
     is_plain_parameter,
     linear_obstacle,
     operand_of,
+    qualified,
     stores_transposed,
 )
 from fused_lora.mixed_batch import adapter_index, present
@@ -35,10 +39,42 @@ except ImportError as error:
     ) from error
 
 
-class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
+class FusedAdapters:
+    """A LoRA layer of PEFT's whose plain adapters, neither merged nor disabled, are one fused call. Its base
+    layer computes by itself. In every other state PEFT's own forward runs; `why_not_fused` says which."""
+
+    __slots__ = ()  # so that a layer may become such a one, by its __class__
+    keeps_dtype: bool  # KEEPS_DTYPE's
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = _active_adapters(self, plain_base=False)
+        if args or kwargs or isinstance(active, str) or x.is_nested:
+            y: Tensor = peft_class(type(self)).forward(self, x, *args, **kwargs)
+            return y
+        return add_adapters(self, self.keeps_dtype, x, active)
+
+    def why_not_fused(self) -> str | None:
+        """Why a call would now run PEFT's own forward; None where it would run fused.
+
+        Besides, PEFT's own forward runs for nested tensors, for calls with other arguments than
+        `adapter_names`, and where those name an adapter that does not run fused.
+        """
+        active = _active_adapters(self, self.why_base_not_fused() is None)
+        return active if isinstance(active, str) else None
+
+    def why_base_not_fused(self) -> str | None:
+        """Why the base layer computes by itself, and the adapters alone are fused; None where one call is
+        both."""
+        layer: Any = self
+        return base_obstacle(layer.base_layer) or f"a {peft_class(type(self)).__name__} calls it"
+
+
+class FusedPeftLinear(PeftLinear, FusedAdapters, PacksWeight, Groupable):  # type: ignore[misc]
     """peft.tuners.lora.Linear with one fused call for what is trained and served most: plain adapters,
-    neither merged nor disabled, active or named for a batch. In every other state PEFT's own forward runs;
-    `why_not_fused` says which."""
+    neither merged nor disabled, active or named for a batch, and the base layer with them where it is a plain
+    linear."""
+
+    keeps_dtype = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.get("adapter_names")
@@ -48,16 +84,19 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
             mixed = _adapters_of_batch(self, batch)
             if mixed:
                 return self._forward_mixed(x, batch, mixed)
-        active = _active_adapters(self)
+        base = _part(self, "base_layer")
+        plain_base = base_obstacle(base) is None
+        active = _active_adapters(self, plain_base)
         if args or kwargs or isinstance(active, str) or x.is_nested:
             # By its name and not super(): a wrapper may still hold this method after `unfuse`.
             y: Tensor = PeftLinear.forward(self, x, *args, **kwargs)
             return y
+        if not plain_base:
+            return add_adapters(self, self.keeps_dtype, x, active)
         if GROUP in self.__dict__ and pays(self, x):
             together = computed_together(self, x, _operands_of(self, active))
             if together is not None:
                 return together
-        base = _part(self, "base_layer")
         weight, bias = _operand(base), base._parameters["bias"]
         if len(active) == 1 and not isinstance(active[0].scaling, Tensor):
             (parts,) = active
@@ -72,11 +111,7 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
             )
         else:
             y = lora_sum(x, weight, bias, [parts.operands() for parts in active])
-        # lora_bias
-        biased = [parts for parts in active if parts.b._parameters["bias"] is not None]
-        if biased:
-            y = (y + sum(parts.scaling * parts.b._parameters["bias"] for parts in biased)).to(y.dtype)
-        return y
+        return with_biases(y, active)
 
     def _forward_mixed(self, x: Tensor, batch: tuple[str, ...], mixed: list[AdapterParts]) -> Tensor:
         base = _part(self, "base_layer")
@@ -91,17 +126,13 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
         )
 
     def operands(self) -> Operands | None:
-        active = _active_adapters(self)
+        if self.why_base_not_fused() is not None:
+            return None
+        active = _active_adapters(self, plain_base=True)
         return None if isinstance(active, str) else _operands_of(self, active)
 
-    def why_not_fused(self) -> str | None:
-        """Why a call would now run PEFT's own forward; None where it would run fused.
-
-        Besides, PEFT's own forward runs for nested tensors, for calls with other arguments than
-        `adapter_names`, and where those name an adapter that does not run fused.
-        """
-        active = _active_adapters(self)
-        return active if isinstance(active, str) else None
+    def why_base_not_fused(self) -> str | None:
+        return base_obstacle(_part(self, "base_layer"))
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         super().update_layer(*args, **kwargs)
@@ -117,15 +148,53 @@ class FusedPeftLinear(PeftLinear, PacksWeight, Groupable):  # type: ignore[misc]
 
     def _weight_changed(self) -> None:
         # PEFT writes through weight.data, past the version counter that casts of the weight are kept by.
-        weight = self.get_base_layer().weight
-        if not weight.is_inference():  # has no version, and no cast of it is kept
+        weight = getattr(self.get_base_layer(), "weight", None)
+        # One made in inference mode has no version, and no cast of it is kept.
+        if isinstance(weight, Tensor) and not weight.is_inference():
             torch.autograd.graph.increment_version(weight)
 
     def linear_to_pack(self) -> tuple[nn.Module, bool]:
         return self.base_layer, stores_transposed(type(self.base_layer))
 
     def needs_plain_weight(self) -> str | None:
-        return self.why_not_fused()
+        return self.why_not_fused() or self.why_base_not_fused()
+
+
+def peft_class(kind: type) -> Any:
+    """The class of PEFT's that a fused layer was; another class itself."""
+    if not issubclass(kind, FusedAdapters):
+        return kind
+    return next(base for base in kind.__mro__ if qualified(base) in KEEPS_DTYPE)
+
+
+def fused_class(kind: Any) -> Any:
+    """What a layer of one of PEFT's classes becomes; None where it stays."""
+    if issubclass(kind, FusedAdapters):
+        return kind
+    if kind is PeftLinear:
+        return FusedPeftLinear
+    return _fused_classes(kind) if qualified(kind) in KEEPS_DTYPE else None
+
+
+@functools.cache
+def _fused_classes(kind: Any) -> Any:
+    # PEFT has classes for the libraries that are installed alone, and imports those with them.
+    own = {
+        "__module__": __name__,
+        "forward": FusedAdapters.forward,
+        "keeps_dtype": KEEPS_DTYPE[qualified(kind)],
+    }
+    # PEFT's class comes first, or Python would not let a layer change between the two.
+    return type(f"Fused{kind.__name__}", (kind, FusedAdapters), own)
+
+
+def __getattr__(name: str) -> Any:
+    # Pickles name these classes.
+    for path in KEEPS_DTYPE:
+        module, _, own = path.rpartition(".")
+        if name == f"Fused{own}":
+            return _fused_classes(getattr(importlib.import_module(module), own))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class AdapterParts:
@@ -158,11 +227,12 @@ class AdapterParts:
 def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
     """Makes the LoRA layers of a PEFT model fused, in place: keys, files and PEFT's methods stay.
 
-    What is not covered keeps PEFT's own forward and stands in the report with the reason: whole layers,
-    and adapters of a fused layer, for as long as they are active. What changes afterwards is seen at the
-    next call, and `layer.why_not_fused()` tells. Layers that PEFT adds later are plain until `fuse` is
-    called again. grouped: compute layers that share an input together (fused_lora.group). Raises ValueError
-    for a model without LoRA layers. `unfuse` undoes it.
+    A base layer that is no plain linear (quantised, with hooks, a module of one's own) computes by itself,
+    and its adapters alone are fused, with `lora_add`. What is not covered keeps PEFT's own forward and stands
+    in the report with the reason: whole layers, and adapters of a fused layer, for as long as they are
+    active. What changes afterwards is seen at the next call, and `layer.why_not_fused()` tells. Layers that
+    PEFT adds later are plain until `fuse` is called again. grouped: compute layers that share an input
+    together (fused_lora.group). Raises ValueError for a model without LoRA layers. `unfuse` undoes it.
     """
     report = Report("fused PEFT layers")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -173,15 +243,17 @@ def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
         if reason:
             report.skipped.append(Skipped(name, reason))
             continue
-        if type(layer) is PeftLinear:
-            layer.__class__ = FusedPeftLinear
+        layer.__class__ = fused_class(type(layer))
+        if type(layer) is FusedPeftLinear:
             layer._weight_changed()  # PEFT may have merged or initialised unseen
         for adapter in layer.lora_A:
             reason = _obstacle_between_calls(layer, AdapterParts(layer, adapter))
             if reason:
                 report.unfused_adapters.append(Skipped(name, reason))
         size = sum(p.numel() for part in (layer.lora_A, layer.lora_B) for p in part.parameters())
-        report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size))
+        own = layer.why_base_not_fused()
+        note = f"adapter fused over the base's own forward: {own}" if own else ""
+        report.swapped.append(Swapped(name, layer.in_features, layer.out_features, size, note))
     report.count_parameters(model)
     report.groups = set_grouped(model, grouped)
     return report
@@ -189,30 +261,45 @@ def fuse(model: nn.Module, *, grouped: bool = True) -> Report:
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Gives every fused layer its own class back. Returns `model`."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedPeftLinear)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, FusedAdapters)}
     for name, layer in layers.items():
-        if type(layer) is not FusedPeftLinear:  # as FSDP2 does with a layer that it is given
+        if type(layer) is not fused_class(peft_class(type(layer))):  # as FSDP2 does with one that it is given
             raise ValueError(f"model: {name} was made a {type(layer).__name__} after fuse: undo that first")
     ungroup(model)
     for layer in layers.values():
-        layer._weight_changed()  # from here on PEFT may merge unseen
-        layer.__class__ = PeftLinear
+        if isinstance(layer, FusedPeftLinear):
+            layer._weight_changed()  # from here on PEFT may merge unseen
+        layer.__class__ = peft_class(type(layer))
     return model
 
 
 def layer_obstacle(layer: Any) -> str | None:
     """Why a LoRA layer of PEFT's cannot run fused, whichever adapter is active; None where it can."""
-    if type(layer) is not PeftLinear and not isinstance(layer, FusedPeftLinear):
-        return f"a {type(layer).__module__}.{type(layer).__name__} is not PEFT's plain lora.Linear"
+    if fused_class(type(layer)) is None:
+        return f"a {type(layer).__module__}.{type(layer).__name__} is none of PEFT's LoRA linears"
     if "forward" in vars(layer):
         return "its forward is overridden on the instance"
-    reason = base_obstacle(layer.base_layer)
+    reason = alone_obstacle(layer.base_layer)
     if reason:
         return f"its base layer: {reason}"
     reasons = [_obstacle_between_calls(layer, AdapterParts(layer, name)) for name in layer.lora_A]
     if reasons and all(reasons):
         return reasons[0]
     return None
+
+
+def alone_obstacle(base: nn.Module) -> str | None:
+    """Why the adapters over a base layer are not fused either, where its own forward must run."""
+    if _is_within_attention(type(base)):
+        return "nn.MultiheadAttention reads its weight past its forward"
+    if is_sharded(base._parameters.get("weight")) and not is_gathered(base):  # type: ignore[arg-type]
+        return base_obstacle(base)
+    return None
+
+
+@constant
+def _is_within_attention(kind: type) -> bool:
+    return qualified(kind) == "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
 
 
 def base_obstacle(base: nn.Module) -> str | None:
@@ -233,7 +320,6 @@ def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
         return f"adapter {name!r} drops out in place"
     if lora_a._parameters["bias"] is not None:
         return f"adapter {name!r} has a bias in A"
-    weight = held_weight(_part(layer, "base_layer"))
     a, b = lora_a._parameters.get("weight"), lora_b._parameters.get("weight")
     if a is None or b is None:
         return f"adapter {name!r} holds a {type(a).__name__} and a {type(b).__name__}, not plain Parameters"
@@ -241,11 +327,6 @@ def adapter_obstacle(layer: Any, parts: AdapterParts) -> str | None:
         return f"adapter {name!r} holds partitioned parameters (ZeRO-3)"
     if a.dtype != b.dtype:
         return f"adapter {name!r} has A in {a.dtype} and B in {b.dtype}"
-    if a.dtype != weight.dtype:
-        if a.dtype != torch.float32 or weight.dtype not in (torch.bfloat16, torch.float16):
-            return f"adapter {name!r} is {a.dtype} on a weight in {weight.dtype}"
-        if not getattr(layer, "cast_input_dtype_enabled", True):
-            return f"adapter {name!r} is {a.dtype} and its input is not to be cast"
     if not isinstance(scaling, (int, float)) and not (type(scaling) is Tensor and scaling.dim() == 0):
         return f"adapter {name!r} has a {type(scaling).__name__} as scaling, not one number"
     for part in (lora_a, lora_b, dropout):
@@ -270,11 +351,22 @@ def _hooks_on_every_module() -> bool:
     return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
-def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
+def dtype_obstacle(layer: Any, parts: AdapterParts) -> str | None:
+    """Why the op does not take an adapter beside the weight of a plain base layer; None where it does."""
+    weight, a = held_weight(_part(layer, "base_layer")), held_weight(parts.a)
+    if a.dtype != weight.dtype:
+        if a.dtype != torch.float32 or weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"adapter {parts.name!r} is {a.dtype} on a weight in {weight.dtype}"
+        if not getattr(layer, "cast_input_dtype_enabled", True):
+            return f"adapter {parts.name!r} is {a.dtype} and its input is not to be cast"
+    return None
+
+
+def parameters_obstacle(layer: Any, parts: AdapterParts, plain_base: bool) -> str | None:
     """Why the op does not take an adapter's parameters as they are held now; None where it does."""
     base = _part(layer, "base_layer")
-    weight, a, b = held_weight(base), held_weight(parts.a), held_weight(parts.b)
-    if is_sharded(weight):
+    a, b = held_weight(parts.a), held_weight(parts.b)
+    if plain_base and is_sharded(held_weight(base)):
         from fused_lora import shards
 
         return shards.obstacle(operand_of(base), a, b, base._parameters["bias"], parts.operands().dropout_p)
@@ -285,17 +377,19 @@ def parameters_obstacle(layer: Any, parts: AdapterParts) -> str | None:
 
 
 def _obstacle_between_calls(layer: Any, parts: AdapterParts) -> str | None:
-    # What FSDP shards between steps is plain again in forward.
-    reason = adapter_obstacle(layer, parts)
-    return reason or (None if is_gathered(layer.base_layer) else parameters_obstacle(layer, parts))
+    plain_base = base_obstacle(layer.base_layer) is None
+    reason = adapter_obstacle(layer, parts) or (dtype_obstacle(layer, parts) if plain_base else None)
+    if reason or is_gathered(layer.base_layer):  # what FSDP shards between steps is plain again in forward
+        return reason
+    return parameters_obstacle(layer, parts, plain_base)
 
 
 # Verdicts are found anew at every call, since any part may have changed.
 
 
-def _active_adapters(layer: Any) -> list[AdapterParts] | str:
+def _active_adapters(layer: Any, plain_base: bool) -> list[AdapterParts] | str:
     """The active adapters, where the fused op computes with them what PEFT would; else why it does not."""
-    if not isinstance(layer, FusedPeftLinear):
+    if not issubclass(type(layer), FusedAdapters):
         return "it is not fused"
     if layer._disable_adapters:
         return "its adapters are switched off"
@@ -303,8 +397,7 @@ def _active_adapters(layer: Any) -> list[AdapterParts] | str:
         return "it is merged"
     if _hooks_on_every_module():
         return "there are hooks on every module"
-    base = _part(layer, "base_layer")
-    reason = base_obstacle(base)
+    reason = None if plain_base else alone_obstacle(_part(layer, "base_layer"))
     if reason is not None:
         return f"its base layer: {reason}"
     adapters = _part(layer, "lora_A")._modules
@@ -314,13 +407,15 @@ def _active_adapters(layer: Any) -> list[AdapterParts] | str:
     active = [AdapterParts(layer, name) for name in names if name in adapters]
     if not active:
         return "no adapter of it is active"
-    if is_sharded(held_weight(base)):
+    if plain_base and is_sharded(held_weight(_part(layer, "base_layer"))):
         if len(active) > 1:
             return "several adapters are active beside a sharded weight"
         if active[0].b._parameters["bias"] is not None:
             return f"adapter {active[0].name!r} has a bias (lora_bias) beside a sharded weight"
     for parts in active:
-        reason = adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts)
+        reason = adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts, plain_base)
+        if reason is None and plain_base:
+            reason = dtype_obstacle(layer, parts)
         if reason is not None:
             return reason
     return active
@@ -335,7 +430,9 @@ def _adapters_of_batch(layer: Any, names: tuple[str, ...]) -> list[AdapterParts]
         return []
     mixed = [AdapterParts(layer, name) for name in present(names, _part(layer, "lora_A")._modules)]
     for parts in mixed:
-        if adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts):
+        if adapter_obstacle(layer, parts) or parameters_obstacle(layer, parts, plain_base=True):
+            return []
+        if dtype_obstacle(layer, parts):
             return []
         # PEFT draws a mask for each adapter's rows, if one were to train so.
         plain = parts.operands().dropout_p == 0.0 and not isinstance(parts.scaling, Tensor)

@@ -19,6 +19,7 @@ class Swapped:
     in_features: int
     out_features: int
     adapter_parameters: int
+    note: str = ""  # what is not fused of it, and why
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,17 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {len(self.swapped)} layers swapped"]
-        sizes: Counter[str] = Counter()
-        counts: Counter[str] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        counts: Counter[tuple[str, str]] = Counter()
         for s in self.swapped:
-            kind = f"{collapsed(s.name)}  {s.in_features}→{s.out_features}"
+            kind = f"{collapsed(s.name)}  {s.in_features}→{s.out_features}", s.note
             counts[kind] += 1
             sizes[kind] += s.adapter_parameters
-        lines += [f"  {n} × {kind}, {sizes[kind]:,} adapter parameters" for kind, n in counts.items()]
+        for kind, n in counts.items():
+            name, note = kind
+            lines.append(f"  {n} × {name}, {sizes[kind]:,} adapter parameters")
+            if note:
+                lines.append(f"    {note}")
         if self.groups:
             lines += _grouped(self.groups)
         if self.skipped:

@@ -87,6 +87,9 @@ PYBIND11_MODULE(_C, m) {
   add("lora_add", &fused_lora::ops::lora_add,
       "torch.ops.fused_lora.lora_add, differentiable, called directly.");
   add("lora_add_", &lora_add_, "torch.ops.fused_lora.lora_add_, differentiable, called directly.");
+  m.def("as_no_view", &fused_lora::ops::as_no_view, py::arg("view"),
+        py::call_guard<py::gil_scoped_release>(),
+        "A view's memory as a tensor that is no view, so that lora_add_ may write it.");
   m.def("clear_cast_cache", &fused_lora::cast_cache::clear,
         py::call_guard<py::gil_scoped_release>(),
         "Drop the low-precision copies of frozen weights that autocast calls keep.");

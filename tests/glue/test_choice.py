@@ -193,7 +193,7 @@ def test_both_names_of_torchs_switch_for_tf32_count(emulated, matmul_precision):
     figures = (80, 108, 163 << 10)
 
     def allowed():
-        shape = (64, 64, 64, 16, F32, F32, False, False, False, False)
+        shape = (64, 64, 64, 16, F32, F32, False, False, False, False, False)
         return " tf32" in emulated.module.explain_shape(*shape, figures)["forward"][0]
 
     assert not allowed()

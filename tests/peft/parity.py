@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -62,7 +62,7 @@ def fused_twin(plain: Any) -> Any:
 
 
 def layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, PeftLinear)]
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def inputs(*lead: int, dtype: torch.dtype = F32) -> Tensor:
@@ -94,9 +94,18 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], roundings: f
         assert ours[name].dtype == value.dtype, name
         assert ours[name].shape == value.shape, name
         if value.numel():
-            difference = (ours[name] - value).abs().max()
+            value = as_numbers(value)
+            difference = (as_numbers(ours[name]) - value).abs().max()
             allowed = roundings * torch.finfo(value.dtype).eps * value.abs().max()
             assert difference <= allowed, f"{name}: {difference:.3g} apart, allowed {allowed:.3g}"
+
+
+def as_numbers(tensor: Tensor) -> Tensor:
+    """What a tensor holds, in a plain one of a floating-point dtype."""
+    if type(tensor).__module__.startswith("torchao"):
+        tensor = tensor.dequantize()
+    tensor = tensor.as_subclass(Tensor)
+    return tensor if tensor.is_floating_point() else tensor.double()
 
 
 class Masked(nn.Module):
@@ -138,6 +147,7 @@ def same(
     fused: Any,
     batch: dict[str, Tensor] | Tensor,
     autocast: torch.dtype | None = None,
+    in_double: Callable[[Any], Any] = lambda model: copy.deepcopy(model).double(),
     **call: Any,
 ) -> None:
     """All that a user sees of the two: what trains, what is saved, and what a step computes.
@@ -153,7 +163,7 @@ def same(
     if autocast is None and theirs["output"].dtype in (torch.float32, torch.float64):
         assert_same(ours, theirs)
         return
-    exact = copy.deepcopy(plain).double()
+    exact = in_double(plain)
     with our_masks(exact, fused):
         reference = results(exact, batch.double() if isinstance(batch, Tensor) else batch, None, **call)
     assert list(ours) == list(theirs)

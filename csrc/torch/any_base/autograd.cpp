@@ -1,4 +1,5 @@
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/alias.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -109,6 +110,17 @@ struct AddFunction : torch::autograd::Function<AddFunction> {
   }
 };
 
+struct NoViewFunction : torch::autograd::Function<NoViewFunction> {
+  static Tensor forward(AutogradContext* /*ctx*/, const Tensor& view) {
+    at::AutoDispatchBelowADInplaceOrView guard;  // where views are not kept account of
+    return at::alias(view);
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& grads) {
+    return grads;
+  }
+};
+
 Tensor below_autograd(const Tensor& base, const Tensor& x, const Tensor& lora_a,
                       const Tensor& lora_b, double scaling, double dropout_p,
                       const OptionalTensor& seed, bool round_adapters, int64_t column_offset) {
@@ -137,6 +149,11 @@ Tensor with_autograd(const Tensor& base, const Tensor& x, const Tensor& lora_a,
     return out_of_torchs(base, x, lora_a, lora_b, scaling, dropout_p, seed, round_adapters,
                          column_offset);
   }
+  if (!torch::autograd::compute_requires_grad(base, x, lora_a, lora_b)) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return below_autograd(base, x, lora_a, lora_b, scaling, dropout_p, seed, round_adapters,
+                          column_offset);
+  }
   return AddFunction::apply(base, x, lora_a, lora_b, seed, scaling, dropout_p, round_adapters,
                             column_offset, /*in_place=*/false);
 }
@@ -144,19 +161,31 @@ Tensor with_autograd(const Tensor& base, const Tensor& x, const Tensor& lora_a,
 Tensor& with_autograd_(Tensor& base, const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
                        double scaling, double dropout_p, const OptionalTensor& seed,
                        bool round_adapters, int64_t column_offset) {
-  // Before anything is written.
-  torch::autograd::check_inplace(base,
-                                 torch::autograd::compute_requires_grad(base, x, lora_a, lora_b));
+  const bool requires_grad = torch::autograd::compute_requires_grad(base, x, lora_a, lora_b);
+  torch::autograd::check_inplace(base, requires_grad);  // before anything is written
   if (is_transformed(base, x, lora_a, lora_b)) {
     return base.copy_(out_of_torchs(base, x, lora_a, lora_b, scaling, dropout_p, seed,
                                     round_adapters, column_offset));
   }
-  AddFunction::apply(base, x, lora_a, lora_b, seed, scaling, dropout_p, round_adapters,
-                     column_offset, /*in_place=*/true);
+  if (requires_grad) {
+    AddFunction::apply(base, x, lora_a, lora_b, seed, scaling, dropout_p, round_adapters,
+                       column_offset, /*in_place=*/true);
+    return base;
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  below_autograd_(base, x, lora_a, lora_b, scaling, dropout_p, seed, round_adapters, column_offset);
+  torch::autograd::increment_version(base);
   return base;
 }
 
 }  // namespace
+
+Tensor ops::as_no_view(const Tensor& view) {
+  const Tensor own = NoViewFunction::apply(view);
+  // Not before: of a view whose memory has changed, torch asks where its gradient goes once more.
+  if (!view.is_inference()) view.unsafeGetTensorImpl()->bump_version();
+  return own;
+}
 
 TORCH_LIBRARY_IMPL(FUSED_LORA_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("lora_add", &below_autograd);

@@ -37,4 +37,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lora_add_backward(
     double dropout_p, const OptionalTensor& seed, bool round_adapters, std::array<bool, 3> needed,
     int64_t column_offset);
 
+// The tensor's memory as a tensor that is no view, and whose gradient goes to `view`: for who is to
+// write all of it in place, which torch refuses for views that a custom Function returns, and where
+// it does not, has a price in backward. Who kept `view` for a backward finds another version of it.
+at::Tensor as_no_view(const at::Tensor& view);
+
 }  // namespace fused_lora::ops

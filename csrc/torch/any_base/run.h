@@ -253,26 +253,19 @@ struct AddOps {
         round_adapters};
     const Path asked = asked_path();
     const bool has_work = needed[0] || needed[1] || needed[2];
-    if constexpr (kHasKernels) {
-      if (has_work && may_take_kernels(asked, dy, dtype)) {
-        return AddBackward<Backend>(dy, x, h, p, needed)(asked);
-      }
+    if (!has_work || !may_take_kernels(asked, dy, dtype)) {
+      return composed_backward(dy, x, h, p, needed);
     }
-    return composed_backward(dy, x, h, p, needed);
+    return AddBackward<Backend>(dy, x, h, p, needed)(asked);
   }
 
  private:
   static at::Tensor add(const at::Tensor& base, const at::Tensor& x, const at::Tensor& into,
                         const AddParameters& p) {
     const Path asked = asked_path();
-    if constexpr (kHasKernels) {
-      if (may_take_kernels(asked, base, p.dtype))
-        return AddForward<Backend>(base, x, into, p)(asked);
-    }
-    return composed_add(base, x, into, p);
+    if (!may_take_kernels(asked, base, p.dtype)) return composed_add(base, x, into, p);
+    return AddForward<Backend>(base, x, into, p)(asked);
   }
-
-  static constexpr bool kHasKernels = requires(typename Backend::ForwardCall call) { call.base; };
 
   // As run.h's.
   static bool may_take_kernels(Path asked, const at::Tensor& y, at::ScalarType dtype) {

@@ -19,7 +19,8 @@ namespace py = pybind11;
 // `rank` together; 0 where all rows belong to one.
 py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, int64_t rank,
                        bool bfloat16, bool masters, bool round_adapters, bool bias, bool dropout,
-                       bool weight_transposed, bool weight_packed, int threads, int64_t mixed) {
+                       bool weight_transposed, bool weight_packed, bool adapter_alone, int threads,
+                       int64_t mixed) {
   // Classes look at addresses for their alignment alone. Torch's allocator gives such as this one.
   static char aligned[1] __attribute__((aligned(64)));
   const auto dense = [&](int64_t columns) { return fused::MatrixView{aligned, columns, 1}; };
@@ -44,7 +45,15 @@ py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, 
   forward.bias = bias ? aligned : nullptr;
   describe(backward);
   backward.dy = dense(out_features);
+  if (adapter_alone) {
+    forward.weight = backward.weight = {};
+    forward.base = forward.y = aligned;
+  }
   const auto told = [&](ShapeClass shape) {
+    if (adapter_alone) {
+      shape.add_to(bfloat16 ? at::kBFloat16 : at::kFloat);
+      shape.in_place = !shape.backward;
+    }
     shape.threads = threads;
     shape.mixed = mixed;
     shape.instructions = level_name();
@@ -88,8 +97,8 @@ void add_to(py::module_& m) {
   m.def("explain_cpu_shape", &explain_shape, py::arg("rows"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank"), py::arg("bfloat16"), py::arg("masters"),
         py::arg("round_adapters"), py::arg("bias"), py::arg("dropout"),
-        py::arg("weight_transposed"), py::arg("weight_packed"), py::arg("threads"),
-        py::arg("mixed") = 0,
+        py::arg("weight_transposed"), py::arg("weight_packed"), py::arg("adapter_alone"),
+        py::arg("threads"), py::arg("mixed") = 0,
         "For forward and backward: the shape's class, and whether the kernels are presumed faster "
         "than composed.");
 

@@ -2,6 +2,7 @@
 
 #include "kernels/plan.h"
 #include "torch/choice.h"
+#include "torch/cuda/operands.h"
 
 namespace fused_lora::cuda {
 
@@ -28,6 +29,19 @@ Explanation explain(const Example& example, const kernels::Device& device) {
   describe(backward);
   backward.dy = dense(p.out_features);
   backward.dx = backward.dlora_a = backward.dlora_b = aligned;
+  if (example.adapter_alone) {
+    forward.weight = backward.weight = {};
+    forward.bias = nullptr;
+    forward.base = aligned;
+    forward.base_stride = p.out_features;
+  }
+  const auto text = [&](ShapeClass shape) {
+    if (example.adapter_alone) {
+      shape.add_to(torch_dtype(p.dtype));
+      shape.in_place = !shape.backward;
+    }
+    return shape.text();
+  };
 
   const auto forward_plan = kernels::plan(forward, device);
   const auto backward_plan = kernels::plan(backward, device);
@@ -35,8 +49,8 @@ Explanation explain(const Example& example, const kernels::Device& device) {
           kernels::describe(backward_plan),
           kernels::presumed_faster(forward_plan),
           kernels::presumed_faster(backward_plan),
-          forward_class(forward, c10::kCUDA).text(),
-          backward_class(backward, {true, true, true}, c10::kCUDA).text()};
+          text(forward_class(forward, c10::kCUDA)),
+          text(backward_class(backward, {true, true, true}, c10::kCUDA))};
 }
 
 }  // namespace fused_lora::cuda

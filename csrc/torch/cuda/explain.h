@@ -12,6 +12,7 @@ struct Example {
   bool bias = false;
   bool dropout = false;
   bool weight_transposed = false;  // as Conv1D stores it
+  bool adapter_alone = false;      // added in place to what the frozen layer gave
 };
 
 // What the kernels would do with it. The texts of the classes name it to the policy.

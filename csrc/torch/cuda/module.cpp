@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, int64_t rank,
                        at::ScalarType dtype, at::ScalarType adapter_dtype, bool round_adapters,
-                       bool bias, bool dropout, bool weight_transposed,
+                       bool bias, bool dropout, bool weight_transposed, bool adapter_alone,
                        const std::tuple<int, int, int>& figures) {
   Example example;
   kernels::Problem& p = example.problem;
@@ -30,6 +30,7 @@ py::dict explain_shape(int64_t rows, int64_t in_features, int64_t out_features, 
   example.bias = bias;
   example.dropout = dropout;
   example.weight_transposed = weight_transposed;
+  example.adapter_alone = adapter_alone;
   kernels::Device device;
   std::tie(device.compute_capability, device.multiprocessors, device.shared_memory_per_block) =
       figures;
@@ -56,7 +57,7 @@ void add_to(py::module_& m) {
   m.def("explain_shape", &explain_shape, py::arg("rows"), py::arg("in_features"),
         py::arg("out_features"), py::arg("rank"), py::arg("dtype"), py::arg("adapter_dtype"),
         py::arg("round_adapters"), py::arg("bias"), py::arg("dropout"),
-        py::arg("weight_transposed"), py::arg("figures"),
+        py::arg("weight_transposed"), py::arg("adapter_alone"), py::arg("figures"),
         "For forward and backward: the shape's class, the plan, and whether it is presumed faster "
         "than composed.");
 }
