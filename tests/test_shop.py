@@ -218,6 +218,8 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tiny_model: Path, tmp_path:
     resumed = tune("cut")
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    again = tune("cut")  # as after a stop while it was measured
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
 def test_targets_that_are_not_there_are_said(

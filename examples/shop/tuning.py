@@ -49,6 +49,10 @@ def tune(
     What an interrupted run with the same settings left in the folder is taken up again.
     """
     checkpoint = _interrupted(folder, settings)
+    if checkpoint is not None and _steps_of(checkpoint) >= settings.steps:  # stopped while it was measured
+        language.model = peft.PeftModel.from_pretrained(language.model, checkpoint, is_trainable=True)
+        language.model.save_pretrained(folder / ADAPTER)
+        return fused_lora.fuse(language.model)
     transformers.set_seed(settings.seed)
     config = peft.LoraConfig(
         r=settings.r,
@@ -108,6 +112,11 @@ def _interrupted(folder: Path, settings: Settings) -> str | None:
         print(f"Going on from {last}", flush=True)
     path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
     return last
+
+
+def _steps_of(checkpoint: str) -> int:
+    state = (Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")
+    return int(json.loads(state)["global_step"])
 
 
 def finish(folder: Path) -> None:
