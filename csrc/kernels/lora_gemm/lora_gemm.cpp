@@ -38,8 +38,8 @@ int group_shift(int64_t row_tiles) {
 }  // namespace
 }  // namespace lora_gemm
 
-// Where both strides are 1 (a single row or column) either reading is right. Where there is no W the
-// packed factor is as one whose reduction is contiguous, which may have any number of columns.
+// Where both strides are 1 (a single row or column) either reading is right. Where there is no W
+// the packed factor is as one whose reduction is contiguous, which may have any number of columns.
 bool lora_gemm_depth_contiguous(const LoraGemm& stage) {
   return stage.depth == 0 || stage.weight.row_stride == 1;
 }
