@@ -34,6 +34,15 @@ __attribute__((visibility("default"))) int level_best() {
   return static_cast<int>(best_level());
 }
 
+// By which a description of the structs in another language is known to be theirs.
+__attribute__((visibility("default"))) int forward_call_bytes() {
+  return sizeof(ForwardCall);
+}
+
+__attribute__((visibility("default"))) int backward_call_bytes() {
+  return sizeof(BackwardCall);
+}
+
 __attribute__((visibility("default"))) void forward(const ForwardCall* calls, int64_t count,
                                                     int level, int threads) {
   run(std::span(calls, count), static_cast<Level>(level), {run_on_threads, &threads, threads});

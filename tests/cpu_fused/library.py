@@ -39,6 +39,7 @@ class _Problem(ctypes.Structure):
         ("adapter_dtype", c_int32),
         ("round_adapters", ctypes.c_bool),
         ("weight_in_panels", ctypes.c_bool),
+        ("y_in_other_dtype", ctypes.c_bool),
     )
 
 
@@ -52,6 +53,8 @@ class _ForwardCall(ctypes.Structure):
         ("bias", c_void_p),
         ("scaling", c_float),
         ("dropout", _Dropout),
+        ("base", c_void_p),
+        ("base_stride", c_int64),
         ("y", c_void_p),
         ("h", c_void_p),
         ("h_stride", c_int64),
@@ -104,7 +107,13 @@ def library() -> ctypes.CDLL:
     path = OUTPUT / "libcpu_fused.so"
     if not path.exists() or path.stat().st_mtime < max(part.stat().st_mtime for part in parts):
         subprocess.run(["g++", "-shared", "-pthread", "-o", str(path), *map(str, parts)], check=True)
-    return ctypes.CDLL(str(path))
+    made = ctypes.CDLL(str(path))
+    for structure, size in (
+        (_ForwardCall, made.forward_call_bytes()),
+        (_BackwardCall, made.backward_call_bytes()),
+    ):
+        assert ctypes.sizeof(structure) == size, f"{structure.__name__} is not the header's"
+    return made
 
 
 def supported_levels() -> list[str]:
@@ -204,7 +213,8 @@ def forward(calls: list[Call]) -> tuple[list[Tensor], Tensor]:
             call.problem,
             *(_view(call.x), call.weight_view, _view(call.lora_a), _view(call.lora_b)),
             None if call.bias is None else call.bias.data_ptr(),
-            *(call.scaling, call.dropout, y.data_ptr(), part.data_ptr(), h.stride(0)),
+            *(call.scaling, call.dropout, None, 0),
+            *(y.data_ptr(), part.data_ptr(), h.stride(0)),
         )
         for call, y, part in zip(calls, ys, h.split(ranks, dim=1), strict=True)
     ]
