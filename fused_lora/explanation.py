@@ -55,7 +55,7 @@ def explain(
             this rank.
         layers: that share x (fused_lora.group), each of these sizes.
         adapter_alone: whether the frozen layer computes by itself, as a quantised one does, and the adapter
-            is added in place to what it gives (fused_lora.lora_add_): then there is no weight.
+            is added in place to what it gives (by `lora_add_`): then there is no weight.
         gpu: whose figures plans are made for where no GPU is at hand: "A100", "L4", "RTX 4090", "H100",
             "B200" or "RTX 5090".
 
