@@ -207,7 +207,7 @@ def test_calls_with_a_packed_weight_are_a_class_of_their_own():
     sizes = {"rows": 4, "in_features": IN, "out_features": OUT, "rank": 4}
     flags = dict.fromkeys(("bfloat16", "masters", "round_adapters", "bias", "dropout"), False)
     told = BINARY.module.explain_cpu_shape(
-        **sizes, **flags, weight_transposed=False, weight_packed=True, threads=1
+        **sizes, **flags, weight_transposed=False, weight_packed=True, adapter_alone=False, threads=1
     )
     shape, _ = told["forward"]
     assert "weight=panels" in shape

@@ -70,5 +70,5 @@ def test_the_report_says_that_it_predicts():
     for device in DEVICES.values():
         assert f"## {device.name}: " in text
     tables = [line for line in text.splitlines() if line.startswith("Predicted: ")]
-    assert len(tables) == 2 * len(DEVICES)
+    assert len(tables) == 3 * len(DEVICES)
     assert "| 8192×4096→4096 |     793.7 |" in text
