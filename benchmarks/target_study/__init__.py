@@ -1,0 +1,1 @@
+"""Which projections to adapt: quality against cost, measured."""
