@@ -21,6 +21,7 @@ from benchmarks.target_study import picture, report
 from benchmarks.target_study.rows import Store
 from benchmarks.target_study.study import Settings, Study
 from examples.product_copy import data
+from examples.product_copy.arguments import positive, whole
 from examples.product_copy.errors import DemoError
 from examples.product_copy.machine import describe
 from examples.product_copy.model import NAME, smollm2
@@ -59,26 +60,19 @@ def _parser() -> argparse.ArgumentParser:
         "--data", nargs="*", type=Path, default=[], metavar="FILE", help="JSON lines of your own"
     )
     parser.add_argument("--targets", nargs="+", type=_targets, default=list(SETS), metavar="SET")
-    parser.add_argument("--seeds", type=_whole, default=3, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=_whole, default=20, help="of a run (default: %(default)s)")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[2e-3, 6e-3], help="(default: %(default)s)")
-    parser.add_argument("--r", type=_whole, default=16, help="rank (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=32.0, help="(default: %(default)s)")
-    parser.add_argument("--heldout", type=_whole, default=32, help="examples at most (default: %(default)s)")
+    parser.add_argument("--seeds", type=whole, default=3, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=whole, default=20, help="of a run (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=_whole, default=7, help="of the step's timing (default: %(default)s)"
+        "--lrs", nargs="+", type=positive, default=[2e-3, 6e-3], help="(default: %(default)s)"
     )
+    parser.add_argument("--r", type=whole, default=16, help="rank (default: %(default)s)")
+    parser.add_argument("--alpha", type=positive, default=32.0, help="(default: %(default)s)")
+    parser.add_argument("--heldout", type=whole, default=32, help="examples at most (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole, default=7, help="of the step's timing (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/target_study"), help="(default: %(default)s)")
     parser.add_argument("--anew", action="store_true", help="put aside what --out holds")
     parser.add_argument("--report", action="store_true", help="only tell what --out holds")
     return parser
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number ≥ 1, got {text}")
-    return value
 
 
 def _targets(text: str) -> str:

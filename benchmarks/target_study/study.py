@@ -23,13 +23,12 @@ from benchmarks.target_study import cost
 from benchmarks.target_study.rows import Cost, Frozen, Pilot, Row, Store, Tuned
 from examples.product_copy import data
 from examples.product_copy.data import Encoded, Example
-from examples.product_copy.training import batch_loss
+from examples.product_copy.training import batch_loss, schedule
 from examples.shop.jobs import Job
 from examples.shop.language_model import LanguageModel
 
 PILOT_SEED = 1_000_000
 VALIDATION_EVERY = 8
-WARM_UP_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Study:
         steps = self.settings.steps
         for step, batch in enumerate(data.shuffled(items, batch_size, steps, seed, self.language.pad_id)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * _schedule(step, steps)
+                group["lr"] = lr * schedule(step, steps)
             model.train()
             optimizer.zero_grad()
             batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -150,9 +149,3 @@ class _Adapter:
 
     def __exit__(self, *_: object) -> None:
         fused_lora.remove_lora(self.model)
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Linear up, then linear down: the share of the highest learning rate."""
-    warm_up = max(1, round(steps * WARM_UP_SHARE))
-    return (step + 1) / warm_up if step < warm_up else (steps - step) / max(1, steps - warm_up)
