@@ -3,14 +3,15 @@ hooks, any module."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fused_lora import paths, reference
-from fused_lora.arguments import check_probability
 from fused_lora.binary import BINARY
-from fused_lora.ops import seed_on
+from fused_lora.ops import dropout_of
 
 _compiled = BINARY.module
 
@@ -41,37 +42,7 @@ def lora_add(
     Gradients go to whichever of base, x, lora_a and lora_b require them; base's is that of the sum. Saved for
     backward: x, h = s · drop(x) Aᵀ (rows×rank) and the seed.
     """
-    seed_tensor = None
-    if dropout_p != 0.0:
-        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
-    if _serves(x, base, lora_a, lora_b):
-        assert _compiled is not None
-        y: Tensor = _compiled.lora_add(
-            base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset
-        )
-        return y
-    if paths.choose(x.device.type, x.device.index) == "reference":
-        return reference.lora_add(
-            base,
-            x,
-            lora_a,
-            lora_b,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-    y = torch.ops.fused_lora.lora_add(
-        base,
-        x,
-        lora_a,
-        lora_b,
-        scaling=scaling,
-        dropout_p=dropout_p,
-        seed=seed_tensor,
-        column_offset=column_offset,
-    )
-    return y
+    return _add(False, base, x, lora_a, lora_b, scaling, dropout_p, training, seed, column_offset)
 
 
 def lora_add_(
@@ -94,25 +65,34 @@ def lora_add_(
     Raises as `lora_add`, and RuntimeError as torch's own in-place operations do: for a leaf that requires a
     gradient, and for a base whose elements overlap each other, x, lora_a or lora_b.
     """
+    return _add(True, base, x, lora_a, lora_b, scaling, dropout_p, training, seed, column_offset)
+
+
+def _add(
+    in_place: bool,
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    training: bool,
+    seed: Tensor | int | None,
+    column_offset: int,
+) -> Tensor:
     seed_tensor = None
     if dropout_p != 0.0:
-        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+        dropout_p, seed_tensor = dropout_of("lora_add", x, dropout_p, training, seed)
     if _serves(x, base, lora_a, lora_b):
         assert _compiled is not None
-        _compiled.lora_add_(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
-        return base
+        add = _compiled.lora_add_ if in_place else _compiled.lora_add
+        y = add(base, x, lora_a, lora_b, scaling, dropout_p, seed_tensor, False, column_offset)
+        return base if in_place else y
+    of: Any = torch.ops.fused_lora
     if paths.choose(x.device.type, x.device.index) == "reference":
-        return reference.lora_add_(
-            base,
-            x,
-            lora_a,
-            lora_b,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            seed=seed_tensor,
-            column_offset=column_offset,
-        )
-    y: Tensor = torch.ops.fused_lora.lora_add_(
+        of = reference
+    op = of.lora_add_ if in_place else of.lora_add
+    made: Tensor = op(
         base,
         x,
         lora_a,
@@ -122,7 +102,7 @@ def lora_add_(
         seed=seed_tensor,
         column_offset=column_offset,
     )
-    return y
+    return made
 
 
 def _serves(x: Tensor, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
@@ -135,13 +115,3 @@ def _serves(x: Tensor, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
             return False
         serving.add(x.device)
     return True
-
-
-def _dropout_of(
-    x: Tensor, dropout_p: float, training: bool, seed: Tensor | int | None
-) -> tuple[float, Tensor | None]:
-    """The probability of a call's dropout, and its seed where it drops anything."""
-    check_probability("lora_add", dropout_p, "dropout_p")
-    if training and dropout_p > 0.0:
-        return dropout_p, seed_on(x.device, seed)
-    return 0.0, None

@@ -82,7 +82,7 @@ def lora_linear(
         )
     seed_tensor = None
     if dropout_p != 0.0:
-        dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+        dropout_p, seed_tensor = dropout_of("lora_linear", x, dropout_p, training, seed)
     plain = not (is_compiling() or has_torch_function((x, weight, lora_a, lora_b)))
     serving = paths.serving
     if not (plain and x.device in serving):
@@ -135,7 +135,7 @@ def lora_linear_mixed(
     Raises ValueError and TypeError as lora_linear, and on the CPU IndexError for an adapter_index that is
     not below the number of adapters.
     """
-    dropout_p, seed_tensor = _dropout_of(x, dropout_p, training, seed)
+    dropout_p, seed_tensor = dropout_of("lora_linear", x, dropout_p, training, seed)
     tensors = lora_a, lora_b, adapter_index, bias
     options: dict[str, Any] = {"scaling": scaling, "dropout_p": dropout_p, "seed": seed_tensor}
     if paths.choose(x.device.type, x.device.index) == "reference":
@@ -226,11 +226,11 @@ def is_sharded(weight: Tensor) -> bool:
     return tensors is not None and isinstance(weight, tensors.DTensor)
 
 
-def _dropout_of(
-    x: Tensor, dropout_p: float, training: bool, seed: Tensor | int | None
+def dropout_of(
+    op: str, x: Tensor, dropout_p: float, training: bool, seed: Tensor | int | None
 ) -> tuple[float, Tensor | None]:
     """The probability of a call's dropout, and its seed where it drops anything."""
-    check_probability("lora_linear", dropout_p, "dropout_p")
+    check_probability(op, dropout_p, "dropout_p")
     if training and dropout_p > 0.0:
         return dropout_p, seed_on(x.device, seed)
     return 0.0, None
