@@ -93,15 +93,21 @@ struct Parameters {
   bool round_adapters;
 };
 
+// What a call of one adapter has, whatever it is added to.
+template <typename Backend, typename Call, typename P>
+void describe_adapter(Call& call, const P& p) {
+  call.lora_a = Backend::view(p.lora_a);
+  call.lora_b = Backend::view(p.lora_b);
+  call.scaling = p.scaling;
+  call.dropout = Backend::dropout(p.dropout);
+}
+
 // rows: x or dy as a matrix.
 template <typename Backend, typename Call>
 void describe(Call& call, const at::Tensor& rows, const Parameters& p) {
   call.problem = Backend::problem(rows, p.weight, p.lora_a, p.round_adapters);
   call.weight = Backend::view(p.weight);
-  call.lora_a = Backend::view(p.lora_a);
-  call.lora_b = Backend::view(p.lora_b);
-  call.scaling = p.scaling;
-  call.dropout = Backend::dropout(p.dropout);
+  describe_adapter<Backend>(call, p);
 }
 
 // h as a call takes it: rows of any distance, or, for kernels that do not know one, dense.

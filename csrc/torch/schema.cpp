@@ -1,8 +1,6 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <string>
-
+#include "torch/find_op.h"
 #include "torch/ops.h"
 #include "torch/registration.h"
 
@@ -57,15 +55,6 @@ FUSED_LORA_DEFINE_LIBRARY(FUSED_LORA_LIBRARY, m) {
 }
 
 namespace fused_lora::ops {
-namespace {
-
-template <typename Signature>
-auto find(const char* name) {
-  const std::string full = std::string(FUSED_LORA_QUOTED(FUSED_LORA_LIBRARY) "::") + name;
-  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
-}
-
-}  // namespace
 
 at::Tensor lora_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_a,
                        const at::Tensor& lora_b, const OptionalTensor& bias, double scaling,

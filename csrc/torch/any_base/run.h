@@ -31,10 +31,7 @@ struct AddParameters {
 template <typename Backend, typename Call>
 void describe(Call& call, const at::Tensor& y, const AddParameters& p) {
   call.problem = Backend::add_problem(y, p.dtype, p.lora_a, p.round_adapters);
-  call.lora_a = Backend::view(p.lora_a);
-  call.lora_b = Backend::view(p.lora_b);
-  call.scaling = p.scaling;
-  call.dropout = Backend::dropout(p.dropout);
+  describe_adapter<Backend>(call, p);
 }
 
 // base, into: M×N. Returns h.

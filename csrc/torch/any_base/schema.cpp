@@ -1,9 +1,7 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <string>
-
 #include "torch/any_base/ops.h"
+#include "torch/find_op.h"
 #include "torch/registration.h"
 
 // The adapter of a frozen layer that computes by itself: adds s · drop(x) Aᵀ Bᵀ to `base`, which is
@@ -33,15 +31,6 @@ FUSED_LORA_DEFINE_FRAGMENT(FUSED_LORA_LIBRARY, m) {
 }
 
 namespace fused_lora::ops {
-namespace {
-
-template <typename Signature>
-auto find(const char* name) {
-  const std::string full = std::string(FUSED_LORA_QUOTED(FUSED_LORA_LIBRARY) "::") + name;
-  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
-}
-
-}  // namespace
 
 at::Tensor lora_add(const at::Tensor& base, const at::Tensor& x, const at::Tensor& lora_a,
                     const at::Tensor& lora_b, double scaling, double dropout_p,

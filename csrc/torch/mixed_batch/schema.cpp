@@ -1,8 +1,6 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#include <string>
-
+#include "torch/find_op.h"
 #include "torch/mixed_batch/ops.h"
 #include "torch/registration.h"
 
@@ -27,15 +25,6 @@ FUSED_LORA_DEFINE_FRAGMENT(FUSED_LORA_LIBRARY, m) {
 }
 
 namespace fused_lora::ops {
-namespace {
-
-template <typename Signature>
-auto find(const char* name) {
-  const std::string full = std::string(FUSED_LORA_QUOTED(FUSED_LORA_LIBRARY) "::") + name;
-  return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
-}
-
-}  // namespace
 
 at::Tensor lora_linear_mixed(const at::Tensor& x, const at::Tensor& weight, at::TensorList lora_a,
                              at::TensorList lora_b, const at::Tensor& adapter_index,
