@@ -14,7 +14,7 @@ from examples.product_copy import data, measure
 from examples.product_copy.data import Encoded, Example
 from examples.product_copy.model import load_model, load_tokenizer
 
-_BATCH = 16
+_BATCH = 32
 
 
 @dataclass
