@@ -1,9 +1,9 @@
 """The study's runs, in their order, each left out that the store has already.
 
 The rule, the same for every set of targets: rank and alpha are given; the learning rate is that of a given
-few with which pilots do best. A pilot tunes on seven of eight training examples and is judged by its loss on
-the eighth, with a seed that no other run has; of a set's pilots over all jobs, the least sum of log losses
-wins. So what is held out chooses nothing.
+few with which pilots do best. A pilot is as long as a run, tunes on seven of eight training examples and is
+judged by its loss on the eighth, with a seed that no other run has; of a set's pilots, on the first few jobs,
+the least sum of log losses wins. So what is held out chooses nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Settings:
     alpha: float
     heldout: int  # examples of a job, at most
     rounds: int  # of the step's timing
+    pilots: int  # jobs that choose the learning rate, the first ones
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Study:
             if not self.store.has(Frozen, job=job.name):
                 yield Run(f"{job.name}, frozen", partial(self._frozen, job))
         lrs = self.settings.lrs if len(self.settings.lrs) > 1 else ()  # one needs no choice
-        for targets, job, lr in product(self.settings.targets, self.jobs, lrs):
+        for targets, job, lr in product(self.settings.targets, self.jobs[: self.settings.pilots], lrs):
             if not self.store.has(Pilot, job=job.name, targets=targets, lr=lr):
                 yield Run(f"{job.name}, {targets}, pilot at {lr:g}", partial(self._pilot, job, targets, lr))
         # Seed by seed, so that an interrupted study has something of every set.
