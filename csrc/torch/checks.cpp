@@ -1,13 +1,12 @@
 #include "torch/checks.h"
 
-#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <string>
 
-#include "common/dropout.h"
 #include "composed/shapes.h"
+#include "torch/checker.h"
 #include "torch/packed_weight.h"
 
 namespace fused_lora::checks {
@@ -15,50 +14,15 @@ namespace {
 
 using at::Tensor;
 
-// "torch.float32", as Python writes it.
-std::string dtype_name(at::ScalarType dtype) {
-  return std::string("torch.").append(c10::getDtypeNames(dtype).first);
-}
-
-void check_probability(const char* op, double p, const char* name) {
-  TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, op, ": ", name, " must be in [0, 1], got ", p);
-}
-
-void check_seed(const char* op, const Tensor& seed) {
-  TORCH_CHECK_TYPE(seed.scalar_type() == at::kLong, op, ": seed must be torch.int64, got ",
-                   dtype_name(seed.scalar_type()));
-  TORCH_CHECK_VALUE(seed.sym_numel() == 1, op, ": seed must hold one number, got shape ",
-                    seed.sym_sizes());
-}
-
-void check_matrix(const Tensor& t, const char* name, const char* shape) {
-  TORCH_CHECK_VALUE(t.dim() == 2, "lora_linear: ", name, " must be 2-D (", shape, "), got shape ",
-                    t.sym_sizes());
-}
+constexpr Checker kLinear = {"lora_linear"};
+constexpr Checker kMask = {"dropout_mask"};
 
 void check_weight(const Tensor& weight) {
   if (is_packed(weight)) {
     packed_weight("lora_linear", weight);
   } else {
-    check_matrix(weight, "weight", "out_features×in_features");
+    kLinear.matrix(weight, "weight", "out_features×in_features");
   }
-}
-
-void check_size(const Tensor& t, const char* name, int64_t dim, const char* meaning,
-                const c10::SymInt& expected, const char* source) {
-  TORCH_CHECK_VALUE(t.sym_size(dim) == expected, "lora_linear: ", name, " must have ", meaning,
-                    " = ", expected, " (as ", source, ") in dimension ", dim, ", got shape ",
-                    t.sym_sizes());
-}
-
-void check_dtype(const Tensor& t, const char* name, at::ScalarType expected, const char* source) {
-  TORCH_CHECK_TYPE(t.scalar_type() == expected, "lora_linear: ", name, " must be ",
-                   dtype_name(expected), " (as ", source, "), got ", dtype_name(t.scalar_type()));
-}
-
-void check_device(const Tensor& t, const char* name, const Tensor& like, const char* source) {
-  TORCH_CHECK_VALUE(t.device() == like.device(), "lora_linear: ", name, " must be on ",
-                    like.device(), " (as ", source, "), got ", t.device());
 }
 
 void check_may_be_packed(const char* op, const Tensor& weight) {
@@ -69,10 +33,6 @@ void check_may_be_packed(const char* op, const Tensor& weight) {
                    dtype_name(weight.scalar_type()));
 }
 
-bool is_half(at::ScalarType dtype) {
-  return dtype == at::kHalf || dtype == at::kBFloat16;
-}
-
 // `rows` is the operand that the caller streams: x in forward, dy in backward. names: of the
 // adapter's matrices.
 struct Names {
@@ -80,55 +40,21 @@ struct Names {
 };
 
 void check_shapes(const Tensor& rows, const char* name, const Tensor& weight) {
-  TORCH_CHECK_VALUE(rows.dim() >= 1, "lora_linear: ", name,
-                    " must have at least 1 dimension, got shape ", rows.sym_sizes());
+  kLinear.dimensions(rows, name);
   check_weight(weight);
 }
 
 void check_adapter_shapes(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
                           const Names& names) {
-  check_matrix(lora_a, names.a, "rank×in_features");
-  check_matrix(lora_b, names.b, "out_features×rank");
-  check_size(lora_a, names.a, 1, "in_features", sym_in_features(weight), "weight");
-  check_size(lora_b, names.b, 0, "out_features", sym_out_features(weight), "weight");
-  check_size(lora_b, names.b, 1, "rank", lora_a.sym_size(0), names.a);
-  TORCH_CHECK_VALUE(lora_a.sym_size(0) >= 1, "lora_linear: ", names.a,
-                    " must have rank ≥ 1, got shape ", lora_a.sym_sizes());
+  kLinear.adapter_matrices(lora_a, names.a, lora_b, names.b);
+  kLinear.size(lora_a, names.a, 1, "in_features", sym_in_features(weight), "weight");
+  kLinear.size(lora_b, names.b, 0, "out_features", sym_out_features(weight), "weight");
+  kLinear.adapter_ranks(lora_a, names.a, lora_b, names.b);
 }
 
 void check_dtypes(const Tensor& rows, const char* name, const Tensor& weight) {
-  const auto dtype = rows.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || is_half(dtype),
-                   "lora_linear: ", name,
-                   " must be torch.float32, torch.float64, torch.bfloat16 or torch.float16, got ",
-                   dtype_name(dtype));
-  check_dtype(weight, "weight", dtype, name);
-}
-
-void check_adapter_dtypes(const Tensor& rows, const char* name, const Tensor& lora_a,
-                          const Tensor& lora_b, const Names& names) {
-  const auto dtype = rows.scalar_type(), adapter = lora_a.scalar_type();
-  TORCH_CHECK_TYPE(adapter == dtype || (adapter == at::kFloat && is_half(dtype)),
-                   "lora_linear: ", names.a, " must be ", dtype_name(dtype), " (as ", name, ")",
-                   is_half(dtype) ? " or torch.float32 (masters)" : "", ", got ",
-                   dtype_name(adapter));
-  check_dtype(lora_b, names.b, adapter, names.a);
-}
-
-void check_dropout(const Tensor& rows, const char* name, double dropout_p,
-                   const std::optional<Tensor>& seed) {
-  check_probability("lora_linear", dropout_p, "dropout_p");
-  if (dropout_p > 0.0) {
-    TORCH_CHECK_VALUE(seed.has_value(), "lora_linear: seed must be given with dropout_p > 0");
-    check_seed("lora_linear", *seed);
-    check_device(*seed, "seed", rows, name);
-  }
-}
-
-void check_column_offset(int64_t column_offset) {
-  TORCH_CHECK_VALUE(column_offset >= 0 && column_offset % kLanes == 0,
-                    "lora_linear: column_offset must be a multiple of ", kLanes, " and ≥ 0, got ",
-                    column_offset);
+  kLinear.is_float(rows.scalar_type(), name);
+  kLinear.dtype(weight, "weight", rows.scalar_type(), name);
 }
 
 // A list of one value for each entry of another, the source.
@@ -179,22 +105,22 @@ void check_operands(const Tensor& rows, const char* name, const Tensor& weight,
   check_shapes(rows, name, weight);
   check_adapter_shapes(weight, lora_a, lora_b, names);
   check_dtypes(rows, name, weight);
-  check_adapter_dtypes(rows, name, lora_a, lora_b, names);
-  check_device(weight, "weight", rows, name);
-  check_device(lora_a, names.a, rows, name);
-  check_device(lora_b, names.b, rows, name);
-  check_dropout(rows, name, dropout_p, seed);
-  check_column_offset(column_offset);
+  kLinear.adapter_dtypes(lora_a, names.a, lora_b, names.b, rows.scalar_type(), name);
+  kLinear.device(weight, "weight", rows, name);
+  kLinear.device(lora_a, names.a, rows, name);
+  kLinear.device(lora_b, names.b, rows, name);
+  kLinear.dropout(dropout_p, seed, rows, name);
+  kLinear.column_offset(column_offset);
 }
 
 void check_x(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_size(x, "x", -1, "in_features", sym_in_features(weight), "weight");
+  kLinear.size(x, "x", -1, "in_features", sym_in_features(weight), "weight");
   if (bias.has_value()) {
     TORCH_CHECK_VALUE(bias->dim() == 1, "lora_linear: bias must be 1-D (out_features), got shape ",
                       bias->sym_sizes());
-    check_size(*bias, "bias", 0, "out_features", sym_out_features(weight), "weight");
-    check_dtype(*bias, "bias", x.scalar_type(), "x");
-    check_device(*bias, "bias", x, "x");
+    kLinear.size(*bias, "bias", 0, "out_features", sym_out_features(weight), "weight");
+    kLinear.dtype(*bias, "bias", x.scalar_type(), "x");
+    kLinear.device(*bias, "bias", x, "x");
   }
 }
 
@@ -203,28 +129,26 @@ void check_saved(const Tensor& dy, const std::optional<Tensor>& x, const Tensor&
                  const std::optional<Tensor>& h, const c10::SymInt& rank, const Tensor& lora_a,
                  const char* name_a, bool round_adapters, bool needs_weight, bool needs_a,
                  bool needs_b) {
-  check_size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
+  kLinear.size(dy, "dy", -1, "out_features", sym_out_features(weight), "weight");
   TORCH_CHECK_VALUE(!needs_weight || !is_packed(weight),
                     "lora_linear: weight is packed, and packed weights are frozen: there is no "
                     "gradient of it");
   if (needs_weight || needs_a) {
     TORCH_CHECK_VALUE(x.has_value(), "lora_linear: x must be given for dweight and dlora_a");
-    TORCH_CHECK_VALUE(x->dim() == dy.dim(), "lora_linear: x must have as many dimensions as dy (",
-                      dy.dim(), "), got shape ", x->sym_sizes());
-    for (int64_t d = 0; d + 1 < dy.dim(); ++d) check_size(*x, "x", d, "rows", dy.sym_size(d), "dy");
-    check_size(*x, "x", -1, "in_features", sym_in_features(weight), "weight");
-    check_dtype(*x, "x", dy.scalar_type(), "dy");
-    check_device(*x, "x", dy, "dy");
+    kLinear.rows(*x, "x", dy, "dy");
+    kLinear.size(*x, "x", -1, "in_features", sym_in_features(weight), "weight");
+    kLinear.dtype(*x, "x", dy.scalar_type(), "dy");
+    kLinear.device(*x, "x", dy, "dy");
   }
   if (needs_b) {
     TORCH_CHECK_VALUE(h.has_value(), "lora_linear: h must be given for dlora_b");
-    check_matrix(*h, "h", "rows×rank");
-    check_size(*h, "h", 0, "rows", composed::sym_rows(dy), "dy");
-    check_size(*h, "h", 1, "rank", rank, name_a);
+    kLinear.matrix(*h, "h", "rows×rank");
+    kLinear.size(*h, "h", 0, "rows", composed::sym_rows(dy), "dy");
+    kLinear.size(*h, "h", 1, "rank", rank, name_a);
     const bool rounded = round_adapters || dy.scalar_type() == lora_a.scalar_type();
-    check_dtype(*h, "h", rounded ? dy.scalar_type() : lora_a.scalar_type(),
-                rounded ? "dy" : name_a);
-    check_device(*h, "h", dy, "dy");
+    kLinear.dtype(*h, "h", rounded ? dy.scalar_type() : lora_a.scalar_type(),
+                  rounded ? "dy" : name_a);
+    kLinear.device(*h, "h", dy, "dy");
   }
 }
 
@@ -242,26 +166,26 @@ void check_mixed_operands(const Tensor& rows, const char* name, const Tensor& we
   check_adapter_count(lora_b.size(), "lora_b", lora_a);
   check_adapter_count(scaling.size(), "scaling", lora_a);
   check_dtypes(rows, name, weight);
-  check_device(weight, "weight", rows, name);
+  kLinear.device(weight, "weight", rows, name);
   for (size_t i = 0; i < lora_a.size(); ++i) {
     const std::string which = "[" + std::to_string(i) + "]";
     const std::string name_a = "lora_a" + which, name_b = "lora_b" + which;
     const Names names = {name_a.c_str(), name_b.c_str()};
     check_adapter_shapes(weight, lora_a[i], lora_b[i], names);
-    check_adapter_dtypes(rows, name, lora_a[i], lora_b[i], names);
-    check_dtype(lora_a[i], names.a, lora_a[0].scalar_type(), "lora_a[0]");
-    check_device(lora_a[i], names.a, rows, name);
-    check_device(lora_b[i], names.b, rows, name);
+    kLinear.adapter_dtypes(lora_a[i], names.a, lora_b[i], names.b, rows.scalar_type(), name);
+    kLinear.dtype(lora_a[i], names.a, lora_a[0].scalar_type(), "lora_a[0]");
+    kLinear.device(lora_a[i], names.a, rows, name);
+    kLinear.device(lora_b[i], names.b, rows, name);
   }
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong,
                    "lora_linear: adapter_index must be torch.int64, got ",
                    dtype_name(index.scalar_type()));
-  check_device(index, "adapter_index", rows, name);
+  kLinear.device(index, "adapter_index", rows, name);
   bool leads = index.dim() < rows.dim();
   for (int64_t d = 0; leads && d < index.dim(); ++d) leads = index.sym_size(d) == rows.sym_size(d);
   TORCH_CHECK_VALUE(leads, "lora_linear: adapter_index must have the first dimensions of ", name,
                     " (", rows.sym_sizes(), "), got shape ", index.sym_sizes());
-  check_dropout(rows, name, dropout_p, seed);
+  kLinear.dropout(dropout_p, seed, rows, name);
 }
 
 c10::SymInt sum_of_ranks(at::TensorList lora_a) {
@@ -355,8 +279,8 @@ void grouped_backward_arguments(at::TensorList dy, const ops::OptionalTensor& x,
                       "lora_linear: dy must have the rows of dy[0], ", dy[0].sym_sizes(),
                       ", and weight its in_features, ", sym_in_features(weights[0]), ", got shape ",
                       dy[i].sym_sizes(), " and in_features ", sym_in_features(weights[i]));
-    check_dtype(dy[i], "dy", dy[0].scalar_type(), "dy[0]");
-    check_device(dy[i], "dy", dy[0], "dy[0]");
+    kLinear.dtype(dy[i], "dy", dy[0].scalar_type(), "dy[0]");
+    kLinear.device(dy[i], "dy", dy[0], "dy[0]");
   });
 }
 
@@ -384,8 +308,8 @@ void packed_weight(const char* op, const Tensor& packed) {
 
 void mask_arguments(const Tensor& seed, const c10::SymInt& rows, const c10::SymInt& columns,
                     double p, const c10::SymInt& row_offset, const c10::SymInt& column_offset) {
-  check_seed("dropout_mask", seed);
-  check_probability("dropout_mask", p, "p");
+  kMask.seed(seed);
+  kMask.probability(p, "p");
   const auto check_count = [](const c10::SymInt& n, const char* name) {
     TORCH_CHECK_VALUE(n >= 0, "dropout_mask: ", name, " must be ≥ 0, got ", n);
   };
