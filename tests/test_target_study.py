@@ -53,14 +53,15 @@ def test_the_study_measures_every_set_and_tells(command, tmp_path, capsys):
     out = tmp_path / "study"
     found = kinds(out / "rows.jsonl")
     assert [found.count(kind) for kind in ("cost", "frozen", "pilot", "tuned")] == [3, 1, 6, 6]
-    said = (out / "report.md").read_text()
+    said = (out / "target_study.md").read_text()
     for claim in ("o_proj alone is the best trade", "o_proj+fc2 is the choice", "adapting everything"):
         assert claim in said
-    rows = list(csv.DictReader((out / "runs.csv").open()))
+    rows = list(csv.DictReader((out / "target_study.csv").open()))
     assert {(row["targets"], row["seed"]) for row in rows} == {
         (targets, seed) for targets in ("o_proj", "o_proj+fc2", "all") for seed in "01"
     }
-    assert (out / "quality-against-cost.png").stat().st_size > 1000
+    assert "(target_study.svg)" in said
+    assert all(f">{name}<" in (out / "target_study.svg").read_text() for name in ("o_proj+fc2", "all"))
 
 
 def test_a_study_that_stopped_goes_on_to_the_same_figures(command, tmp_path, capsys):

@@ -119,11 +119,11 @@ def _tell(study: Study, out: Path) -> None:
     store, jobs = study.store, [job.name for job in study.jobs]
     lrs = {targets: study.lr(targets) for targets in study.settings.targets}
     text = report.markdown_report(store, describe(), jobs, lrs)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    report.write_csv(out / "runs.csv", store)
+    (out / "target_study.md").write_text(text, encoding="utf-8")
+    report.write_csv(out / "target_study.csv", store)
     scores, seconds = report.qualities(store, jobs), report.seconds(store.costs())
     if scores and seconds:
-        picture.draw(out / "quality-against-cost.png", scores, seconds)
+        picture.draw(out / report.PICTURE, scores, seconds)
     print(f"{text}\nWritten to {out}")
 
 

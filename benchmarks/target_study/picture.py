@@ -10,8 +10,11 @@ import matplotlib
 from benchmarks.target_study.report import LOSS
 from benchmarks.target_study.verdict import Quality, front
 
-matplotlib.use("Agg")
+matplotlib.use("svg")
 from matplotlib import pyplot
+
+# Text as text, and the same file for the same figures.
+_FORMAT = {"svg.fonttype": "none", "svg.hashsalt": "target_study"}
 
 _OURS, _REST = "tab:blue", "tab:gray"
 
@@ -36,5 +39,6 @@ def draw(path: Path, scores: Mapping[str, Mapping[str, Quality]], seconds: Mappi
         axes.set_title(job)
         axes.set_xlabel("a training step, seconds")
         axes.set_ylabel("−(held-out loss)" if name == LOSS else name)
-    figure.savefig(path, dpi=120)
+    with matplotlib.rc_context(_FORMAT):
+        figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -14,6 +14,7 @@ from benchmarks.target_study.rows import Cost, Store
 from benchmarks.target_study.verdict import Quality, statements
 
 LOSS = "held-out loss"
+PICTURE = "target_study.svg"  # beside the report, which shows it
 
 
 def qualities(store: Store, jobs: Sequence[str]) -> dict[str, dict[str, Quality]]:
@@ -53,6 +54,8 @@ def markdown_report(
         "## Cost of a training step",
         _costs(store, lrs),
     ]
+    if scores and store.costs():
+        parts += ["## Quality against cost", f"![Quality against a step's time, by job]({PICTURE})"]
     for job, measured in scores.items():
         parts += [f"## {job}", _quality(measured, store.costs())]
         for name, quality in measured.items():
