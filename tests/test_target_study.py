@@ -56,6 +56,7 @@ def test_the_study_measures_every_set_and_tells(command, tmp_path, capsys):
     said = (out / "target_study.md").read_text()
     for claim in ("o_proj alone is the best trade", "o_proj+fc2 is the choice", "adapting everything"):
         assert claim in said
+    assert "## What held" in said
     rows = list(csv.DictReader((out / "target_study.csv").open()))
     assert {(row["targets"], row["seed"]) for row in rows} == {
         (targets, seed) for targets in ("o_proj", "o_proj+fc2", "all") for seed in "01"
@@ -189,6 +190,13 @@ def test_o_proj_is_no_best_trade_where_a_set_as_cheap_is_better():
     quality = made_up(o_proj=0.8, fc2=0.9, o_proj_and_fc2=1.0, all=1.0)
     assert of(quality)[0] is True  # fc2 is dearer
     assert of(quality, {**SECONDS, "fc2": 1.0})[0] is False
+
+
+def test_a_set_that_costs_more_by_less_than_the_timings_vary_is_no_dearer():
+    quality = made_up(o_proj=0.8, fc2=0.9, o_proj_and_fc2=1.0, all=1.0)
+    trade = statements(quality, SECONDS, timing_noise=0.15)[0]
+    assert trade.held is False
+    assert trade.because == "No dearer by more than 15%, and better by more than noise: fc2."
 
 
 def test_o_proj_is_no_best_trade_where_it_gains_nothing():

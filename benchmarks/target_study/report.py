@@ -11,7 +11,7 @@ from benchmarks.cpu.turns import Spread, paired
 from benchmarks.tables import markdown
 from benchmarks.target_study import cost
 from benchmarks.target_study.rows import Cost, Store
-from benchmarks.target_study.verdict import Quality, statements
+from benchmarks.target_study.verdict import Quality, Statement, statements
 
 LOSS = "held-out loss"
 PICTURE = "target_study.svg"  # beside the report, which shows it
@@ -43,28 +43,56 @@ def seconds(costs: Mapping[str, Cost], side: str = cost.OURS) -> dict[str, float
     return {name: Spread.of(it.seconds[side]).median for name, it in costs.items()}
 
 
+def timing_noise(costs: Mapping[str, Cost]) -> float:
+    """The largest distance of the quartiles of a set's step times, as a share of their median."""
+    return max((2 * Spread.of(it.seconds[cost.OURS]).noise for it in costs.values()), default=0.0)
+
+
 def markdown_report(
     store: Store, run: Mapping[str, str], jobs: Sequence[str], lrs: Mapping[str, float]
 ) -> str:
-    scores = qualities(store, jobs)
+    scores, costs = qualities(store, jobs), store.costs()
+    said = {
+        (job, name): statements(quality, seconds(costs), timing_noise(costs))
+        for job, measured in scores.items()
+        for name, quality in measured.items()
+    }
     parts = [
         "# Which projections to adapt",
-        ", ".join(f"{name} {value}" for name, value in {**run, **store.settings}.items()),
+        ", ".join(f"{name} {_plain(value)}" for name, value in {**run, **store.settings}.items()) + ".",
         _how(store),
+        "## What held",
+        _summary(scores, said),
         "## Cost of a training step",
         _costs(store, lrs),
+        f"Two sets' times are told apart from {timing_noise(costs):.0%} on: so far a set's own rounds vary.",
     ]
-    if scores and store.costs():
+    if scores and costs:
         parts += ["## Quality against cost", f"![Quality against a step's time, by job]({PICTURE})"]
     for job, measured in scores.items():
-        parts += [f"## {job}", _quality(measured, store.costs())]
+        parts += [f"## {job}", _quality(measured, costs)]
         for name, quality in measured.items():
-            said = statements(quality, seconds(store.costs()))
             parts.append(
                 f"By {name} (noise {_number(quality.noise)}):\n\n"
-                + "\n".join(f"- {statement}" for statement in said)
+                + "\n".join(f"- {statement}" for statement in said[job, name])
             )
     return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _summary(
+    scores: Mapping[str, Mapping[str, Quality]], said: Mapping[tuple[str, str], Sequence[Statement]]
+) -> str:
+    claims = list(dict.fromkeys(statement.claim for made in said.values() for statement in made))
+    rows = []
+    for (job, name), made in said.items():
+        verdicts = {statement.claim: statement.verdict for statement in made}
+        noise = _number(scores[job][name].noise)
+        rows.append([f"{job}, {name}", *(verdicts.get(claim, "–") for claim in claims), noise])
+    return markdown(["by", *claims, "noise"], rows)
 
 
 def _how(store: Store) -> str:

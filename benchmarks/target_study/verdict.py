@@ -10,7 +10,8 @@ than
 
     t · s · √(2/n),    s² the pooled variance, t the 97.5 % point of Student's distribution
 
-which chance alone exceeds in one of twenty comparisons.
+which chance alone exceeds in one of twenty comparisons. A set is dearer than another where its step takes
+longer by more than the timings themselves vary.
 """
 
 from __future__ import annotations
@@ -66,16 +67,20 @@ class Statement:
     held: bool | None  # None: cannot be said
     because: str
 
+    @property
+    def verdict(self) -> str:
+        return {True: "held", False: "did not hold", None: "cannot be said"}[self.held]
+
     def __str__(self) -> str:
-        said = {True: "held", False: "did not hold", None: "cannot be said"}[self.held]
-        return f"{self.claim}: **{said}**. {self.because}"
+        return f"{self.claim}: **{self.verdict}**. {self.because}"
 
 
-def statements(quality: Quality, seconds: Mapping[str, float]) -> list[Statement]:
-    """What the claim says of a job, and whether it was so. `seconds`: of a step, by set of targets."""
+def statements(quality: Quality, seconds: Mapping[str, float], timing_noise: float = 0.0) -> list[Statement]:
+    """What the claim says of a job, and whether it was so. `seconds`: of a step, by set of targets;
+    `timing_noise`: the share by which such times vary."""
     made = []
     if TRADE in quality.runs:
-        made.append(_best_trade(quality, seconds))
+        made.append(_best_trade(quality, seconds, timing_noise))
     if BEST in quality.runs:
         made.append(_most_accurate(quality))
     if ALL in quality.runs and BEST in quality.runs:
@@ -83,7 +88,7 @@ def statements(quality: Quality, seconds: Mapping[str, float]) -> list[Statement
     return made
 
 
-def _best_trade(quality: Quality, seconds: Mapping[str, float]) -> Statement:
+def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: float) -> Statement:
     claim = f"{TRADE} alone is the best trade"
     if not math.isfinite(quality.noise):
         return _too_few(claim)
@@ -94,14 +99,16 @@ def _best_trade(quality: Quality, seconds: Mapping[str, float]) -> Statement:
         return Statement(
             claim, False, f"Its gain over the frozen model is {own - quality.frozen:.3g}: noise."
         )
-    dearer = {name: cost for name, cost in seconds.items() if cost > seconds[TRADE]}
+    dearest_alike = seconds[TRADE] * (1 + timing_noise)
+    dearer = {name: cost for name, cost in seconds.items() if cost > dearest_alike}
     better = [
         name
         for name in quality.runs
         if name in seconds and name not in dearer and quality.mean(name) - own > quality.noise
     ]
     if better:
-        return Statement(claim, False, f"No dearer, and better by more than noise: {_and(better)}.")
+        alike = f"No dearer by more than {timing_noise:.0%}" if timing_noise else "No dearer"
+        return Statement(claim, False, f"{alike}, and better by more than noise: {_and(better)}.")
     # A trade: what each further hundredth of a step's time buys, by the set that buys most.
     rate = {
         name: (quality.gain(name) - quality.gain(TRADE)) / (cost / seconds[TRADE] - 1)
