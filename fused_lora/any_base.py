@@ -3,6 +3,7 @@ gave."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,17 +81,9 @@ def _fit(layer: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, keeps_dtype: bo
     if not is_plain_parameter(type(y)) or not is_plain_parameter(type(x)):
         return False
     device, dtype = x.device, x.dtype
-    kind = device.type
-    autocast = torch.is_autocast_enabled(kind)
-    # Where PEFT casts x to float32, masters serve x as it is.
-    if dtype != a.dtype and not autocast:
-        cast = getattr(layer, "cast_input_dtype_enabled", True)
-        if not (cast and a.dtype == torch.float32 and dtype in _HALF):
-            return False
-    if not keeps_dtype and torch.is_autocast_enabled():
-        low = torch.get_autocast_dtype(kind) if autocast else a.dtype
-        if torch.promote_types(y.dtype, low) != y.dtype:
-            return False
+    may_cast = dtype != a.dtype or (not keeps_dtype and torch.is_autocast_enabled())
+    if may_cast and not _casts_fit(layer, y.dtype, dtype, a.dtype, device.type, keeps_dtype):
+        return False
     shape = x.shape
     return (
         y.dtype in _FLOATS
@@ -101,6 +94,23 @@ def _fit(layer: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, keeps_dtype: bo
         and shape[-1] == a.shape[1]
         and y.shape == (*shape[:-1], b.shape[0])
     )
+
+
+def _casts_fit(
+    layer: Any, y: torch.dtype, x: torch.dtype, a: torch.dtype, kind: str, keeps_dtype: bool
+) -> bool:
+    """Whether the op rounds as PEFT's casts would. kind: of the device."""
+    autocast = torch.is_autocast_enabled(kind)
+    # Where PEFT casts x to float32, masters serve x as it is.
+    if x != a and not autocast:
+        cast = getattr(layer, "cast_input_dtype_enabled", True)
+        if not (cast and a == torch.float32 and x in _HALF):
+            return False
+    if not keeps_dtype and torch.is_autocast_enabled():
+        low = torch.get_autocast_dtype(kind) if autocast else a
+        if torch.promote_types(y, low) != y:
+            return False
+    return True
 
 
 def _sum_of_modules(
@@ -118,13 +128,23 @@ def _sum_of_modules(
 
 def _gives_up_output(base: nn.Module) -> bool:
     """Whether what the base gave may be overwritten."""
-    kind = qualified(type(base))
-    if kind not in _GIVES_UP_OUTPUT or has_hooks(base) or BINARY.module is None:
-        return False
     # In a traced graph, and under torch.func's transforms, nothing is written in place.
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
         return False
-    if kind not in PLAIN_LINEARS:
+    kind: Any = type(base)  # which mypy knows as no key
+    may, is_plain = _known_of(kind)
+    if not may or has_hooks(base) or BINARY.module is None:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if not is_plain:
         return True
     weight = held_weight(base)
     return is_plain_parameter(type(weight)) or type(weight).__module__.partition(".")[0] == "torchao"
+
+
+@functools.cache
+def _known_of(kind: Any) -> tuple[bool, bool]:
+    """Whether modules of a class may give up their output, and whether they are plain linears."""
+    name = qualified(kind)
+    return name in _GIVES_UP_OUTPUT, name in PLAIN_LINEARS

@@ -299,7 +299,11 @@ def alone_obstacle(base: nn.Module) -> str | None:
 
 @constant
 def _is_within_attention(kind: type) -> bool:
-    return qualified(kind) == "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
+    # Part by part, since this is asked at every call.
+    return (
+        kind.__qualname__ == "NonDynamicallyQuantizableLinear"
+        and kind.__module__ == "torch.nn.modules.linear"
+    )
 
 
 def base_obstacle(base: nn.Module) -> str | None:
