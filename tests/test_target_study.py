@@ -214,6 +214,10 @@ def test_a_difference_within_the_noise_decides_nothing_against_the_claim():
     assert of(made_up(o_proj=0.8, o_proj_and_fc2=0.990, all=1.0))[1:] == [True, True]
 
 
+def test_where_no_set_gains_nothing_is_said():
+    assert of(made_up(o_proj=0.0, fc2=-0.3, o_proj_and_fc2=0.01, all=0.0)) == [None, None, None]
+
+
 def test_one_seed_says_nothing():
     quality = Quality(0.0, {name: [1.0] for name in SECONDS})
     assert math.isinf(quality.noise)

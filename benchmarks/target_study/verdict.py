@@ -90,8 +90,9 @@ def statements(quality: Quality, seconds: Mapping[str, float], timing_noise: flo
 
 def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: float) -> Statement:
     claim = f"{TRADE} alone is the best trade"
-    if not math.isfinite(quality.noise):
-        return _too_few(claim)
+    unsaid = _nothing_to_judge(claim, quality)
+    if unsaid:
+        return unsaid
     if TRADE not in seconds:
         return Statement(claim, None, "The cost of a step was not measured.")
     own = quality.mean(TRADE)
@@ -126,8 +127,9 @@ def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: fl
 
 def _most_accurate(quality: Quality) -> Statement:
     claim = f"{BEST} is the choice where accuracy is everything"
-    if not math.isfinite(quality.noise):
-        return _too_few(claim)
+    unsaid = _nothing_to_judge(claim, quality)
+    if unsaid:
+        return unsaid
     own = quality.mean(BEST)
     better = [name for name in quality.runs if quality.mean(name) - own > quality.noise]
     if better:
@@ -137,8 +139,9 @@ def _most_accurate(quality: Quality) -> Statement:
 
 def _all_is_wasteful(quality: Quality, seconds: Mapping[str, float]) -> Statement:
     claim = "adapting everything is wasteful"
-    if not math.isfinite(quality.noise):
-        return _too_few(claim)
+    unsaid = _nothing_to_judge(claim, quality)
+    if unsaid:
+        return unsaid
     more = quality.mean(ALL) - quality.mean(BEST)
     cost = (
         f", for {seconds[ALL] / seconds[BEST] - 1:+.0%} of a step's time"
@@ -150,8 +153,13 @@ def _all_is_wasteful(quality: Quality, seconds: Mapping[str, float]) -> Statemen
     return Statement(claim, True, f"It is not better than {BEST} by more than noise ({more:+.3g}){cost}.")
 
 
-def _too_few(claim: str) -> Statement:
-    return Statement(claim, None, "Without a second seed for each set there is no noise to judge by.")
+def _nothing_to_judge(claim: str, quality: Quality) -> Statement | None:
+    if not math.isfinite(quality.noise):
+        return Statement(claim, None, "Without a second seed for each set there is no noise to judge by.")
+    gain = quality.mean(quality.best) - quality.frozen
+    if gain <= quality.noise:
+        return Statement(claim, None, f"The best set's gain over the frozen model is {gain:.3g}: noise.")
+    return None
 
 
 def _and(names: Sequence[str]) -> str:
