@@ -52,8 +52,9 @@ def markdown_report(
     store: Store, run: Mapping[str, str], jobs: Sequence[str], lrs: Mapping[str, float]
 ) -> str:
     scores, costs = qualities(store, jobs), store.costs()
+    medians, noise = seconds(costs), timing_noise(costs)
     said = {
-        (job, name): statements(quality, seconds(costs), timing_noise(costs))
+        (job, name): statements(quality, medians, noise)
         for job, measured in scores.items()
         for name, quality in measured.items()
     }
@@ -65,7 +66,7 @@ def markdown_report(
         _summary(scores, said),
         "## Cost of a training step",
         _costs(store, lrs),
-        f"Two sets' times are told apart from {timing_noise(costs):.0%} on: so far a set's own rounds vary.",
+        f"Two sets' times are told apart from {noise:.0%} on: so far a set's own rounds vary.",
     ]
     if scores and costs:
         parts += ["## Quality against cost", f"![Quality against a step's time, by job]({PICTURE})"]
@@ -148,6 +149,7 @@ def _number(value: float) -> str:
 def write_csv(path: Path, store: Store) -> None:
     """A row for each run; costs are in the columns of its targets."""
     costs = store.costs()
+    ours, theirs = seconds(costs), seconds(costs, cost.PEFT)
     figures = sorted({name for row in store.tuned() for name in row.figures})
     with path.open("w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
@@ -156,9 +158,7 @@ def write_csv(path: Path, store: Store) -> None:
         )
         for row in store.tuned():
             it = costs.get(row.targets)
-            steps = (
-                [Spread.of(it.seconds[side]).median for side in (cost.OURS, cost.PEFT)] if it else ["", ""]
-            )
+            steps = ours.get(row.targets, ""), theirs.get(row.targets, "")
             out.writerow(
                 [
                     *(row.job, row.targets, row.seed, row.lr, f"{row.seconds:.1f}"),

@@ -23,7 +23,7 @@ from benchmarks.target_study import cost
 from benchmarks.target_study.rows import Cost, Frozen, Pilot, Row, Store, Tuned
 from examples.product_copy import data
 from examples.product_copy.data import Encoded, Example
-from examples.product_copy.training import batch_loss, schedule
+from examples.product_copy.training import Side, schedule
 from examples.shop.jobs import Job
 from examples.shop.language_model import LanguageModel
 
@@ -120,16 +120,10 @@ class Study:
         return Tuned(job.name, targets, seed, lr, loss, figures, time.perf_counter() - began)
 
     def _train_on(self, items: Sequence[Encoded], batch_size: int, lr: float, seed: int) -> None:
-        model = self.language.model
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+        tuned = Side("tuned", self.language.model.train())
         steps = self.settings.steps
         for step, batch in enumerate(data.shuffled(items, batch_size, steps, seed, self.language.pad_id)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, steps)
-            model.train()
-            optimizer.zero_grad()
-            batch_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            tuned.step(batch, lr * schedule(step, steps))
 
     def _train(self, job: Job) -> list[Encoded]:
         return self.language.encode([example for example in self._examples[job.name] if not example.heldout])

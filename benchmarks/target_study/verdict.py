@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from scipy.stats import t as student
 
+_Verdict = tuple[bool | None, str]  # as Statement has it: held, because
 TRADE, BEST, ALL = "o_proj", "o_proj+fc2", "all"
 
 
@@ -78,28 +80,32 @@ class Statement:
 def statements(quality: Quality, seconds: Mapping[str, float], timing_noise: float = 0.0) -> list[Statement]:
     """What the claim says of a job, and whether it was so. `seconds`: of a step, by set of targets;
     `timing_noise`: the share by which such times vary."""
-    made = []
+    judges: dict[str, Callable[[], _Verdict]] = {}
     if TRADE in quality.runs:
-        made.append(_best_trade(quality, seconds, timing_noise))
+        judges[f"{TRADE} alone is the best trade"] = partial(_best_trade, quality, seconds, timing_noise)
     if BEST in quality.runs:
-        made.append(_most_accurate(quality))
+        judges[f"{BEST} is the choice where accuracy is everything"] = partial(_most_accurate, quality)
     if ALL in quality.runs and BEST in quality.runs:
-        made.append(_all_is_wasteful(quality, seconds))
-    return made
+        judges["adapting everything is wasteful"] = partial(_all_is_wasteful, quality, seconds)
+    unsaid = _why_nothing_can_be_said(quality)
+    return [Statement(claim, *((None, unsaid) if unsaid else judge())) for claim, judge in judges.items()]
 
 
-def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: float) -> Statement:
-    claim = f"{TRADE} alone is the best trade"
-    unsaid = _nothing_to_judge(claim, quality)
-    if unsaid:
-        return unsaid
+def _why_nothing_can_be_said(quality: Quality) -> str | None:
+    if not math.isfinite(quality.noise):
+        return "Without a second seed for each set there is no noise to judge by."
+    gain = quality.mean(quality.best) - quality.frozen
+    if gain <= quality.noise:
+        return f"The best set's gain over the frozen model is {gain:.3g}: noise."
+    return None
+
+
+def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: float) -> _Verdict:
     if TRADE not in seconds:
-        return Statement(claim, None, "The cost of a step was not measured.")
+        return None, "The cost of a step was not measured."
     own = quality.mean(TRADE)
     if own - quality.frozen <= quality.noise:
-        return Statement(
-            claim, False, f"Its gain over the frozen model is {own - quality.frozen:.3g}: noise."
-        )
+        return False, f"Its gain over the frozen model is {own - quality.frozen:.3g}: noise."
     dearest_alike = seconds[TRADE] * (1 + timing_noise)
     dearer = {name: cost for name, cost in seconds.items() if cost > dearest_alike}
     better = [
@@ -109,7 +115,7 @@ def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: fl
     ]
     if better:
         alike = f"No dearer by more than {timing_noise:.0%}" if timing_noise else "No dearer"
-        return Statement(claim, False, f"{alike}, and better by more than noise: {_and(better)}.")
+        return False, f"{alike}, and better by more than noise: {', '.join(better)}."
     # A trade: what each further hundredth of a step's time buys, by the set that buys most.
     rate = {
         name: (quality.gain(name) - quality.gain(TRADE)) / (cost / seconds[TRADE] - 1)
@@ -118,30 +124,22 @@ def _best_trade(quality: Quality, seconds: Mapping[str, float], timing_noise: fl
     }
     share = f"It has {quality.gain(TRADE):.0%} of the best set's gain"
     if not rate:
-        return Statement(claim, True, f"{share}, and no dearer set is better by more than noise.")
+        return True, f"{share}, and no dearer set is better by more than noise."
     name = max(rate, key=rate.__getitem__)
     gain, time = quality.gain(name) - quality.gain(TRADE), seconds[name] / seconds[TRADE] - 1
     more = f"{name} buys {gain:.0%} more of it for {time:.0%} more time"
-    return Statement(claim, True, f"{share}, and nothing as cheap is better; {more}.")
+    return True, f"{share}, and nothing as cheap is better; {more}."
 
 
-def _most_accurate(quality: Quality) -> Statement:
-    claim = f"{BEST} is the choice where accuracy is everything"
-    unsaid = _nothing_to_judge(claim, quality)
-    if unsaid:
-        return unsaid
+def _most_accurate(quality: Quality) -> _Verdict:
     own = quality.mean(BEST)
     better = [name for name in quality.runs if quality.mean(name) - own > quality.noise]
     if better:
-        return Statement(claim, False, f"Better by more than noise: {_and(better)}.")
-    return Statement(claim, True, f"No set is better by more than noise (best mean: {quality.best}).")
+        return False, f"Better by more than noise: {', '.join(better)}."
+    return True, f"No set is better by more than noise (best mean: {quality.best})."
 
 
-def _all_is_wasteful(quality: Quality, seconds: Mapping[str, float]) -> Statement:
-    claim = "adapting everything is wasteful"
-    unsaid = _nothing_to_judge(claim, quality)
-    if unsaid:
-        return unsaid
+def _all_is_wasteful(quality: Quality, seconds: Mapping[str, float]) -> _Verdict:
     more = quality.mean(ALL) - quality.mean(BEST)
     cost = (
         f", for {seconds[ALL] / seconds[BEST] - 1:+.0%} of a step's time"
@@ -149,21 +147,8 @@ def _all_is_wasteful(quality: Quality, seconds: Mapping[str, float]) -> Statemen
         else ""
     )
     if more > quality.noise:
-        return Statement(claim, False, f"It is better than {BEST} by {more:.3g}{cost}.")
-    return Statement(claim, True, f"It is not better than {BEST} by more than noise ({more:+.3g}){cost}.")
-
-
-def _nothing_to_judge(claim: str, quality: Quality) -> Statement | None:
-    if not math.isfinite(quality.noise):
-        return Statement(claim, None, "Without a second seed for each set there is no noise to judge by.")
-    gain = quality.mean(quality.best) - quality.frozen
-    if gain <= quality.noise:
-        return Statement(claim, None, f"The best set's gain over the frozen model is {gain:.3g}: noise.")
-    return None
-
-
-def _and(names: Sequence[str]) -> str:
-    return ", ".join(names)
+        return False, f"It is better than {BEST} by {more:.3g}{cost}."
+    return True, f"It is not better than {BEST} by more than noise ({more:+.3g}){cost}."
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
